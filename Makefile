@@ -1,0 +1,60 @@
+# Everything here works on a machine with Python >= 3.11, pip and git. `make` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.saert-setup
+
+# Two workers with one torch thread each beat one process with two threads on these small tensors.
+PYTEST_JOBS ?= logical
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST_ARGS ?=
+
+# What `make check` runs: the law of the house and the quick core units, in seconds. `make test` runs all.
+FAST := $(wildcard tests/test_floors.py tests/test_packaging.py tests/test_sparse.py \
+	tests/test_activations.py tests/test_edits.py tests/test_hookpoint.py)
+SOURCES := $(wildcard saert kernels hub train demos benchmarks tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench gpu clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## .venv with the pinned versions and saert in editable mode (again: instant)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "saert needs Python >= 3.11; found $$($(PYTHON) --version 2>&1)." \
+			"Try: make PYTHON=python3.12 setup"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and pinned: a later, looser requirement must not fetch another build
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,dev]'
+	@touch $@
+
+demo: $(STAMP)  ## active latents, steering and ablation on the bundled model, offline
+	@$(BIN)/saert demo
+
+test: $(STAMP)  ## the whole default suite (GPU tests skip where there is none)
+	$(PYTEST) -n $(PYTEST_JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+check: $(STAMP)  ## ruff, mypy, floors, quick units: under a minute
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(PYTEST) -q -m "not slow and not gpu" $(FAST)
+
+format: $(STAMP)  ## let ruff fix and format
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(STAMP)  ## what attaching costs, against the bare model
+	$(BIN)/python benchmarks/attach_overhead.py
+
+gpu: $(STAMP)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+clean:  ## caches and build products; the .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find saert kernels hub train demos benchmarks tests -name __pycache__ -type d -prune \
+		-exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,164 @@
+"""Activations: pre-activations in, sparse activations out.
+
+Every activation but TopK is *per latent*: f_i depends on the pre-activation of latent i alone.
+An edit of a few latents then needs a few dot products and no ranking (DESIGN, the delta law).
+
+`weight` is ‖W_dec[i]‖ for SAEs that select by decoder-norm-weighted score (Llama Scope):
+the selection looks at relu(pre)·weight, the kept values are the plain pre-activations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from saert.sparse import SparseCode
+
+
+class Activation(nn.Module):
+    """From pre-activations [*tokens, num_latents] to activations of the same shape."""
+
+    per_latent: ClassVar[bool] = True
+
+    def forward(self, pre: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Dense activations [*tokens, num_latents]."""
+        return self.at(pre, None, weight)
+
+    def encode(self, pre: Tensor, weight: Tensor | None = None) -> SparseCode:
+        """The activations as a SparseCode; k is the widest token's count."""
+        return SparseCode.from_dense(self(pre, weight))
+
+    def at(self, pre: Tensor, latents: Tensor | None, weight: Tensor | None = None) -> Tensor:
+        """Activations of `latents` (int64 [..., E]; None: all) from their pre-activations.
+
+        `pre` and `weight` hold those latents only. Raises NotImplementedError for TopK, whose
+        activations depend on every other latent.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not a per-latent activation")
+
+    def check(self, num_latents: int) -> None:
+        """Raise ValueError if the parameters do not fit a dictionary of this size."""
+        for name, value in (*self.named_parameters(), *self.named_buffers()):
+            if value.dim() and value.shape != (num_latents,):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} has shape {list(value.shape)}, expected "
+                    f"[{num_latents}], one per latent"
+                )
+            if not value.isfinite().all():
+                raise ValueError(f"{type(self).__name__}: {name} contains NaN or inf")
+
+    def extra_repr(self) -> str:
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        return ", ".join(f"{n}={_brief(t)}" for n, t in tensors)
+
+
+class TopK(Activation):
+    """Keep the k largest pre-activations of each token, then ReLU (Gao et al. 2024, section 2.3).
+
+    A token with fewer than k positive pre-activations has fewer than k active latents.
+    """
+
+    per_latent = False
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        if not (isinstance(k, int) and k >= 1):
+            raise ValueError(f"TopK: k is {k!r}, expected an integer of at least 1")
+        self.k = k
+
+    def forward(self, pre: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self.encode(pre, weight).to_dense()
+
+    def encode(self, pre: Tensor, weight: Tensor | None = None) -> SparseCode:
+        if weight is None:
+            kept, indices = pre.topk(self.k, dim=-1)
+        else:
+            indices = (pre.relu() * weight).topk(self.k, dim=-1).indices
+            kept = pre.gather(-1, indices)
+        return SparseCode(indices, kept.relu(), pre.shape[-1])
+
+    def check(self, num_latents: int) -> None:
+        if self.k > num_latents:
+            raise ValueError(f"TopK: k is {self.k}, but there are only {num_latents} latents")
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
+
+
+class ReLU(Activation):
+    """f = relu(pre)."""
+
+    def at(self, pre: Tensor, latents: Tensor | None, weight: Tensor | None = None) -> Tensor:
+        return pre.relu()
+
+
+class JumpReLU(Activation):
+    """f_i = pre_i · 1[pre_i > θ_i], zero for pre_i ≤ 0 (Rajamanoharan et al. 2024).
+
+    `threshold` is one number or [num_latents]; the comparison is strict.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, threshold: float | Tensor) -> None:
+        super().__init__()
+        value = torch.as_tensor(threshold)
+        value = value if value.is_floating_point() else value.float()
+        if value.dim() > 1 or not value.isfinite().all():
+            raise ValueError(
+                f"{type(self).__name__}: threshold must be finite, a number or [num_latents]; "
+                f"found shape {list(value.shape)}, values {_brief(value)}"
+            )
+        self.register_buffer("threshold", value.detach().clone())
+
+    def at(self, pre: Tensor, latents: Tensor | None, weight: Tensor | None = None) -> Tensor:
+        threshold = _take(self.threshold, latents).to(pre.dtype)
+        score = pre if weight is None else pre * weight
+        return pre.relu() * (score > threshold)
+
+
+class BatchTopK(JumpReLU):
+    """BatchTopK at inference: JumpReLU with one threshold for all latents (Bussmann et al. 2024).
+
+    `threshold` is the training-time estimate of the smallest kept activation; a negative one means
+    that it was never estimated, and every positive pre-activation passes.
+    """
+
+
+class Gated(Activation):
+    """f = 1[π + b_gate > 0] · relu(exp(r_mag) · π + b_mag), π = W_enc x (gated SAE).
+
+    The pre-activation is π without a bias: a gated SAE has no `b_enc`. All three parameters are
+    [num_latents].
+    """
+
+    b_gate: Tensor
+    b_mag: Tensor
+    r_mag: Tensor
+
+    def __init__(self, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> None:
+        super().__init__()
+        for name, value in (("b_gate", b_gate), ("b_mag", b_mag), ("r_mag", r_mag)):
+            self.register_buffer(name, value.detach().clone())
+
+    def at(self, pre: Tensor, latents: Tensor | None, weight: Tensor | None = None) -> Tensor:
+        if weight is not None:
+            raise ValueError("Gated: decoder-norm-weighted selection is not defined for it")
+        b_gate, b_mag, r_mag = (
+            _take(t, latents).to(pre.dtype) for t in (self.b_gate, self.b_mag, self.r_mag)
+        )
+        return (pre + b_gate > 0) * (pre * r_mag.exp() + b_mag).relu()
+
+
+def _take(parameter: Tensor, latents: Tensor | None) -> Tensor:
+    return parameter if latents is None or parameter.dim() == 0 else parameter[latents]
+
+
+def _brief(value: Tensor) -> str:
+    if value.dim() == 0:
+        return f"{value.item():.4g}"
+    low, high = (value.min().item(), value.max().item()) if value.numel() else (math.nan, math.nan)
+    return f"[{low:.4g}…{high:.4g}]"

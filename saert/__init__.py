@@ -1,0 +1,44 @@
+"""Sparse autoencoders on live transformers: attach, observe, splice, steer, ablate.
+
+>>> from saert import attach, add
+>>> with attach(model, "bundled:resid_post.2", add(3, 8.0)):
+...     model.generate(**inputs)
+"""
+
+from saert.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from saert.edits import ablate, active, add, add_vector, clamp, scale
+from saert.hookpoint import Hookpoint, HookpointError, Location
+from saert.hub.format import FormatError, save
+from saert.hub.load import load, load_all
+from saert.record import SAEReport
+from saert.runtime import Attachment, attach
+from saert.sae import SAE
+from saert.sparse import SparseCode
+
+__all__ = [
+    "SAE",
+    "Activation",
+    "Attachment",
+    "BatchTopK",
+    "FormatError",
+    "Gated",
+    "Hookpoint",
+    "HookpointError",
+    "JumpReLU",
+    "Location",
+    "ReLU",
+    "SAEReport",
+    "SparseCode",
+    "TopK",
+    "ablate",
+    "active",
+    "add",
+    "add_vector",
+    "attach",
+    "clamp",
+    "load",
+    "load_all",
+    "save",
+    "scale",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,272 @@
+"""A tap: one SAE at one hookpoint of a live model, with its hooks, its plan and its recorder.
+
+The hooks are ordinary PyTorch ones, so they run under autograd, torch.compile, accelerate and PEFT.
+A tap has up to three: where the SAE reads (transcoders), where it writes, and where the change has
+to be carried to (`resid_mid`, which a block also keeps in a local variable).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from saert.context import Context, Tracker, no_copy
+from saert.edits import Edit, LatentEdit, VectorEdit
+from saert.hookpoint import Hookpoint, Location
+from saert.kernels.encode import accumulation_dtype, no_autocast
+from saert.plan import EditPlan, compile_plan, edit
+from saert.record import Recorder
+from saert.sae import SAE
+
+Record = Literal[False, "last", "all"]
+
+
+class Tap:
+    """One SAE at one hookpoint: its hooks, plan and recorder."""
+
+    def __init__(self, model: nn.Module, at: Hookpoint, sae: SAE, record: Record) -> None:
+        self.hookpoint, self.sae = at, sae
+        self.read = at.resolve(model)
+        target = sae.target_hookpoint
+        self.write = self.read if target is None else target.resolve(model)
+        _check_width(self.read, sae.d_in, at, "reads")
+        _check_width(self.write, sae.d_out, target or at, "writes")
+        self.carry: nn.Module | None = None
+        if self.write.carry is not None:
+            self.carry = model.get_submodule(self.write.carry)
+        self.recorder = Recorder(sae, record)
+        self.record = record is not False
+        self.splice = False
+        self._edits: list[Edit] = []
+        self._plan = EditPlan()
+        self._tracker: Tracker | None = None
+        self._handles: list[Any] = []
+        self._source: Tensor | None = None
+        self._carried: Tensor | None = None
+
+    # -- edits ---------------------------------------------------------------------------------
+
+    def check_edits(self, edits: list[Edit]) -> None:
+        """Raise ValueError for a latent or a vector that does not fit this SAE."""
+        for one in edits:
+            latents = list(one.latents) if isinstance(one, LatentEdit) else []
+            if one.select.when is not None:
+                latents.append(one.select.when.latent)
+            if latents and max(latents) >= self.sae.num_latents:
+                raise ValueError(
+                    f"{one!r}: latent {max(latents)} does not exist; the SAE at {self.hookpoint} "
+                    f"has {self.sae.num_latents} latents, 0 to {self.sae.num_latents - 1}"
+                )
+            if isinstance(one, VectorEdit) and one.vector.shape[0] != self.sae.d_out:
+                raise ValueError(
+                    f"{one!r}: the vector has {one.vector.shape[0]} entries, but the SAE at "
+                    f"{self.hookpoint} writes width {self.sae.d_out}"
+                )
+
+    def set_edits(self, edits: list[Edit]) -> None:
+        """Replace the plan."""
+        self._edits = edits
+        self._latent_edits = [e for e in edits if isinstance(e, LatentEdit)]
+        self._vector_edits = [e for e in edits if isinstance(e, VectorEdit)]
+        # tensors may be trained in place, and amounts belong to the graph of one pass
+        tensors = (e.amount for e in edits if isinstance(e.amount, Tensor))
+        self._live = any(True for _ in tensors) or bool(self._vector_edits)
+        self._plan = self._compile()
+
+    def _compile(self) -> EditPlan:
+        return compile_plan(self._latent_edits, self._vector_edits, self.sae)
+
+    def _plan_for(self, context: Context, device: torch.device) -> EditPlan:
+        plan = self._compile() if self._live else self._plan
+        if plan.empty or (context.real is None and all(e.select.everywhere for e in self._edits)):
+            return plan
+
+        def gates(edits: Sequence[Edit], repeats: list[int]) -> Tensor | None:
+            columns = [context.gate(e.select, device) for e in edits]
+            spread = [c for c, n in zip(columns, repeats, strict=True) for _ in range(n)]
+            return torch.stack(spread, -1) if spread else None
+
+        return plan.gated(
+            gates(self._latent_edits, [len(e.latents) for e in self._latent_edits]),
+            gates(self._vector_edits, [1] * len(self._vector_edits)),
+        )
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def go_live(self, tracker: Tracker) -> None:
+        """Register the hooks; nothing has touched the model before."""
+        self._tracker = tracker
+        same = self.write is self.read
+        if not same:
+            self._hook(self.read, self._on_source)
+        self._hook(self.write, self._on_hidden)
+        if self.carry is not None:
+            # first of all: an SAE on the block's output must see the stream with the change in it
+            block = Location(str(self.write.carry), self.carry, "out")
+            self._hook(block, self._on_carry, first=True)
+
+    def _hook(
+        self, at: Location, act: Callable[[Tensor], Tensor | None], first: bool = False
+    ) -> None:
+        """Register in attach order, and ahead of other hooks, so that those see the edit."""
+        assert self._tracker is not None
+        if at.side == "out":
+            handle = at.module.register_forward_hook(_OutputHook(act), prepend=True)
+            hooks: Any = at.module._forward_hooks
+        else:
+            hook = _InputHook(act)
+            handle = at.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            hooks = at.module._forward_pre_hooks
+        self._handles.append(handle)
+        order = self._tracker.registered.setdefault((id(at.module), at.side), [])
+        order.insert(0, handle.id) if first else order.append(handle.id)
+        for key in reversed([key for key in order if key in hooks]):
+            hooks.move_to_end(key, last=False)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _on_source(self, hidden: Tensor) -> None:
+        self._source = hidden
+
+    def _on_carry(self, hidden: Tensor) -> Tensor | None:
+        change, self._carried = self._carried, None
+        return None if change is None else (hidden + change.reshape(hidden.shape)).to(hidden.dtype)
+
+    def _on_hidden(self, hidden: Tensor) -> Tensor | None:
+        assert self._tracker is not None
+        source, self._source = self._source, None
+        x, y = hidden if source is None else source, hidden
+        if self.write is not self.read and source is None:
+            raise RuntimeError(f"{self.hookpoint} did not run before {self.sae.target_hookpoint}")
+        context = _context(self._tracker.context, y)
+        self._check_hidden(x, context)
+        if self.sae.device != x.device:
+            self.sae.to(x.device)
+            self._plan = self._compile()
+        if context.rows * context.length != y.numel() // y.shape[-1]:
+            raise RuntimeError(
+                f"{self.hookpoint}: {list(y.shape)} does not hold {context.rows} rows"
+            )
+        x = x.reshape(context.rows, context.length, x.shape[-1])
+        y = y.reshape(context.rows, context.length, y.shape[-1])
+        with no_autocast(y), self.recorder.timed(y.device):
+            new = self._act(x, y, source is not None, context)
+        if new is None:
+            return None
+        if self.carry is not None:
+            self._carried = new.to(accumulation_dtype(new.dtype)) - y.to(
+                accumulation_dtype(new.dtype)
+            )
+        return new.reshape(hidden.shape)
+
+    def _act(self, x: Tensor, y: Tensor, transcodes: bool, context: Context) -> Tensor | None:
+        plan = self._plan_for(context, y.device)
+        changes = self.splice or not plan.empty
+        observe = self.record and not _recomputing()
+        code = None
+        if observe or self.splice or plan.reads_code:
+            dense = torch.compiler.is_compiling() and self.sae.activation.per_latent
+            if not dense and (observe or self.splice or not self.sae.activation.per_latent):
+                graph = torch.is_grad_enabled() and (self.splice or plan.reads_code)
+                with torch.set_grad_enabled(graph):
+                    code = self.sae.encode(x)
+        if observe:
+            with torch.no_grad():
+                self.recorder.observe(code, x, y, context.real)
+        if not changes:
+            return None
+        source = x if transcodes else None
+        return edit(y, self.sae, plan, source=source, code=code, splice=self.splice)
+
+    def _check_hidden(self, x: Tensor, context: Context) -> None:
+        if x.shape[-1] != self.sae.d_in:
+            raise ValueError(
+                f"{self.hookpoint}: the hidden state is {list(x.shape)}, but the SAE reads width "
+                f"{self.sae.d_in}"
+            )
+        if torch.compiler.is_compiling() or bool(x.isfinite().all()):
+            return
+        finite = x.isfinite().all(-1).reshape(context.rows, context.length)
+        bad = ~finite if context.real is None else ~finite & context.real.to(x.device)
+        if bad.any():  # padding may hold anything: nothing reads it
+            row, column = (int(i) for i in bad.nonzero()[0])
+            raise ValueError(
+                f"{self.hookpoint}: the hidden state contains NaN or inf, first in row {row} at "
+                f"column {column}; the model itself produced it (overflow in half precision?)"
+            )
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise no_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise no_copy()
+
+
+class _OutputHook:
+    """A forward hook that passes the module's tensor output (the first of a tuple) to `act`."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor | None]) -> None:
+        self.act = act
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"{type(module).__name__} returns {type(output).__name__}, expected a tensor or a "
+                "tuple that begins with one; choose a hookpoint inside it"
+            )
+        new = self.act(hidden)
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+
+class _InputHook:
+    """A forward pre-hook that passes the module's first tensor argument to `act`."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor | None]) -> None:
+        self.act = act
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if args and isinstance(args[0], Tensor):
+            new = self.act(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        name = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
+        if name is None:
+            raise TypeError(f"{type(module).__name__} was called without a tensor")
+        new = self.act(kwargs[name])
+        return None if new is None else (args, {**kwargs, name: new})
+
+
+def _check_width(location: Location, width: int, at: Hookpoint, verb: str) -> None:
+    if location.width is not None and location.width != width:
+        raise ValueError(
+            f"{at} has width {location.width} in this model ({location.path}), but the SAE {verb} "
+            f"width {width}"
+        )
+
+
+def _context(context: Context | None, hidden: Tensor) -> Context:
+    """The pass's context if it describes this tensor, else what its shape alone says."""
+    tokens = hidden.shape[:-1]
+    if context is not None and tokens.numel() == context.rows * context.length:
+        return context
+    if len(tokens) == 2:
+        rows, length = tokens
+        steps = torch.arange(length, device=hidden.device).expand(rows, length)
+        return Context(rows, length, positions=steps if context is None else None)
+    return Context(1, tokens.numel(), packed=True)
+
+
+def _recomputing() -> bool:
+    """Whether gradient checkpointing runs this module a second time, inside a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -70,15 +70,17 @@ LAYOUTS: dict[frozenset[str], Layout] = {
     frozenset((_IN, _ATTENTION)): Layout(_ATTENTION),  # llama and most others
     frozenset(("self_attn_layer_norm", "final_layer_norm")): Layout("final_layer_norm"),  # opt
     frozenset(("norm_1", "norm_2")): Layout("norm_2"),  # mpt
-    frozenset(("attention_layernorm", "feedforward_layernorm")): Layout("feedforward_layernorm"),
-    frozenset(("operator_norm", "ffn_norm")): Layout("ffn_norm"),  # lfm2; above, apertus
+    frozenset(("operator_norm", "ffn_norm")): Layout("ffn_norm"),  # lfm2
+    frozenset(("attention_layernorm", "feedforward_layernorm")): Layout(  # apertus
+        "feedforward_layernorm"
+    ),
     # before both at once
     frozenset(("ln_1",)): Layout(why=PARALLEL),  # gptj, codegen
     frozenset((_IN,)): Layout(why=PARALLEL),  # phi, cohere, falcon and stablelm where parallel
     frozenset(("ln_attn", "ln_mlp")): Layout(why=PARALLEL),  # falcon, new decoder
     # after each, on what it adds to the stream: olmo2, olmo3, exaone4
     frozenset((_ATTENTION, _MLP)): Layout(MLP_ITSELF, _ATTENTION, _MLP),
-    # before and after: gemma2 and gemma3, gemma4 (which then goes on), afmoe, and glm4, where
+    # before and after: gemma2 and gemma3; gemma4, which then goes on; afmoe; and glm4, where
     # post_attention_layernorm is the norm before the MLP
     frozenset((_IN, _ATTENTION, _BEFORE_MLP, _MLP)): Layout(_BEFORE_MLP, _ATTENTION, _MLP),
     frozenset((_IN, _ATTENTION, _BEFORE_MLP, _MLP, "post_per_layer_input_norm")): Layout(
@@ -112,11 +114,8 @@ NO_MID: dict[str, tuple[Callable[[Any], bool], str]] = {
 # Attributes of blocks that scale or shift what attention and MLP add, though their norms are named
 # like Llama's: minimax, beam, falcon_h1, gpt_neox_japanese.
 SCALED = (
-    "attn_alpha_factor",
-    "attn_residual_add_idx",
-    "attn_out_multiplier",
-    "attention.dense_bias",
-)
+    "attn_alpha_factor", "attn_residual_add_idx", "attn_out_multiplier", "attention.dense_bias",
+)  # fmt: skip
 
 ATTENTION = ("attn", "self_attn", "attention", "self_attention")
 ATTENTION_OUT = ("c_proj", "o_proj", "out_proj", "dense", "attention.out_proj")  # last: gpt_neo
@@ -125,15 +124,9 @@ MLP_DOWN = ("c_proj", "down_proj", "fc_out", "fc2", "dense_4h_to_h", "w2")
 # Children that hold weights and leave the equations above true: OPT's MLP, what hybrid models put
 # in attention's place, Gemma 4's per-layer gate (behind the MLP, see GATED).
 BENIGN = (
-    "fc1",
-    "fc2",
-    "mamba",
-    "linear_attn",
-    "mixer",
-    "conv",
-    "per_layer_input_gate",
-    "per_layer_projection",
-)
+    "fc1", "fc2", "mamba", "mixer", "linear_attn", "conv",
+    "per_layer_input_gate", "per_layer_projection",
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------- the model
@@ -171,7 +164,7 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         HookpointError: no config, no such list, or several (encoder-decoder models).
     """
     config = text_config(model)
-    depth = config.num_hidden_layers
+    depth = getattr(config, "num_hidden_layers", None)
     lists = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     deep = [(p, m) for p, m in lists if len(m) == depth]
     # A list inside a candidate's blocks (experts, say) may happen to be as long.
@@ -196,11 +189,18 @@ def backbone(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The text part of the first transformers config in the module tree."""
+    """The text part of the first transformers config in the module tree.
+
+    Raises:
+        HookpointError: there is none, or it has several text parts.
+    """
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "get_text_config"):
-            return config.get_text_config()
+            try:
+                return config.get_text_config()
+            except ValueError as error:  # several text models, none of them the one
+                raise HookpointError(f"{error}; name the module by its path") from None
     raise HookpointError(
         f"{type(model).__name__} has no transformers config, so it has no sites; "
         "name a module by its path"
@@ -227,7 +227,7 @@ def locate(model: nn.Module, site: str, layer: int | None) -> Location:
     list_path, layers = blocks(model)
     if layer not in range(len(layers)):
         raise HookpointError(
-            f"no {site}.{layer}: {config.model_type} has layers 0 to {len(layers) - 1} ({len(layers)})"
+            f"no {site}.{layer}: {config.model_type} has layers 0 to {len(layers) - 1}"
         )
     inner, block = unwrap(layers[layer])
     block_path = join(list_path, str(layer))

@@ -119,12 +119,14 @@ class _Generation:
     mask: Tensor | None
     prompt_lengths: Tensor | None = None
 
-    def context(self, ids: Tensor, length: int, mask: Tensor | None) -> Context:
+    def context(self, ids: Tensor, length: int, mask: Tensor | None, cache: Any) -> Context:
         """The context of the next forward pass: `length` tokens at the end of `mask`."""
         rows = ids.shape[0]
         expansion = max(1, rows // self.rows)
-        if mask is None:
-            mask = torch.ones(rows, max(length, ids.shape[1]), dtype=torch.long, device=ids.device)
+        if mask is None:  # generate drops a mask without padding
+            seen = getattr(cache, "get_seq_length", None)
+            total = max(length, ids.shape[1]) if seen is None else int(seen()) + length
+            mask = torch.ones(rows, total, dtype=torch.long, device=ids.device)
         if self.prompt_lengths is None or mask.shape[1] <= self.columns:
             self.prompt_lengths = self._measure(mask, expansion)
         counted = mask.long().cumsum(-1) - 1
@@ -367,7 +369,8 @@ class Tracker:
             mask = kwargs.get("attention_mask")
             mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
             ids = input_ids if input_ids.shape[1] else tokens
-            self._prepared = self._generations[-1].context(ids, tokens.shape[1], mask)
+            cache = kwargs.get("past_key_values")
+            self._prepared = self._generations[-1].context(ids, tokens.shape[1], mask, cache)
         return inputs
 
     def _generate_batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

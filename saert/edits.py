@@ -304,6 +304,6 @@ def _number(value: float | Tensor) -> float:
     if isinstance(value, Tensor) and value.dim() > 0:
         raise ValueError(f"amount: found a tensor {list(value.shape)}, expected a number or 0-d")
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError):
         raise TypeError(f"amount: found {value!r}, expected a number") from None

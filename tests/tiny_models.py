@@ -1,4 +1,4 @@
-"""One tiny random model per architecture: 3 layers, hidden 32, vocabulary 97, built in milliseconds.
+"""A tiny random model per architecture: 3 layers, hidden 32, vocabulary 97, made in milliseconds.
 
 Every parameter is random, biases and norm weights included, so that a forgotten bias or a norm read
 on the wrong side shows as a wrong number.
@@ -17,25 +17,31 @@ from transformers import PreTrainedModel
 
 VOCAB, HIDDEN, LAYERS, HEADS, INNER = 97, 32, 3, 4, 48
 
-# The names transformers gives its sizes, in the three dialects of its configs.
-LLAMA: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-    num_key_value_heads=2, intermediate_size=INNER, max_position_embeddings=128,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+# transformers' configs spell the sizes in several ways.
+TOKENS: dict[str, Any] = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+HIDDEN_SIZE = TOKENS | dict(hidden_size=HIDDEN)
+LLAMA = HIDDEN_SIZE | dict(
+    num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2,
+    intermediate_size=INNER, max_position_embeddings=128,
 )  # fmt: skip
-GPT2: dict[str, Any] = dict(
-    vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_inner=INNER, n_positions=128,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+GPT2 = TOKENS | dict(
+    n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_inner=INNER, n_positions=128,
 )  # fmt: skip
-BLOOM: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+GPT_NEO = HIDDEN_SIZE | dict(
+    num_layers=LAYERS, num_heads=HEADS, intermediate_size=INNER, max_position_embeddings=128,
+    attention_types=[[["global", "local", "global"], 1]], window_size=4,
 )  # fmt: skip
+OPT = HIDDEN_SIZE | dict(
+    num_hidden_layers=LAYERS, num_attention_heads=HEADS, ffn_dim=INNER, word_embed_proj_dim=HIDDEN,
+    max_position_embeddings=128,
+)  # fmt: skip
+BLOOM = HIDDEN_SIZE | dict(n_layer=LAYERS, n_head=HEADS)
+MAMBA = HIDDEN_SIZE | dict(num_hidden_layers=LAYERS, state_size=8, time_step_rank=4)
 FALCON = LLAMA | dict(alibi=False, bias=True)
 HEAD8 = LLAMA | dict(head_dim=8)
-WINDOW: dict[str, Any] = dict(
-    sliding_window=4
-)  # shorter than the test prompts, so that the window shows
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+WINDOW = dict(sliding_window=4)  # shorter than a test prompt, so that it matters
+GEMMA = HEAD8 | WINDOW | dict(query_pre_attn_scalar=8)
 
 
 def randomise(model: PreTrainedModel) -> PreTrainedModel:
@@ -44,9 +50,7 @@ def randomise(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if (
-                parameter.ndim == 1
-            ):  # biases, norm weights, sinks: move, but keep a norm near its scale
+            if parameter.ndim == 1:  # biases and sinks near 0, norm weights near their 0 or 1
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(noise / HIDDEN**0.5)
@@ -66,107 +70,60 @@ def build(class_name: str, **config: Any) -> PreTrainedModel:
     return randomise(causal(settings))
 
 
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", GPT2),
+    "gptj": ("GPTJ", GPT2 | dict(rotary_dim=4)),
+    "gpt_neo": ("GPTNeo", GPT_NEO),
+    "gpt_neox": ("GPTNeoX", LLAMA | dict(use_parallel_residual=True)),
+    "gpt_neox_sequential": ("GPTNeoX", LLAMA | dict(use_parallel_residual=False)),
+    "llama": ("Llama", LLAMA | dict(attention_bias=True, mlp_bias=True)),
+    "mistral": ("Mistral", LLAMA | WINDOW),
+    "mixtral": ("Mixtral", LLAMA | EXPERTS),
+    "qwen2": ("Qwen2", LLAMA),
+    "qwen3": ("Qwen3", LLAMA | dict(head_dim=12)),  # so that heads * head_dim is not hidden_size
+    # layer 0 dense, the others sparse
+    "qwen3_moe": (
+        "Qwen3Moe",
+        HEAD8 | EXPERTS | dict(num_experts=4, moe_intermediate_size=24, mlp_only_layers=[0]),
+    ),
+    "gemma": ("Gemma", HEAD8),
+    "gemma2": ("Gemma2", GEMMA),
+    "gemma3_text": ("Gemma3Text", GEMMA),
+    "phi": ("Phi", LLAMA),
+    "phi3": ("Phi3", LLAMA),
+    "opt": ("OPT", OPT),
+    # as opt-350m: narrow embeddings, norms on the stream
+    "opt_post_norm": ("OPT", OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=16)),
+    "olmo": ("Olmo", LLAMA),
+    "olmo2": ("Olmo2", LLAMA),
+    "olmo3": ("Olmo3", LLAMA | WINDOW),
+    "falcon_sequential": ("Falcon", FALCON | dict(parallel_attn=False, multi_query=False)),
+    "falcon_parallel": ("Falcon", FALCON | dict(parallel_attn=True, multi_query=True)),
+    "falcon_new": ("Falcon", FALCON | dict(new_decoder_architecture=True, num_kv_heads=2)),
+    "bloom": ("Bloom", BLOOM),
+    "bloom_post_norm": ("Bloom", BLOOM | dict(apply_residual_connection_post_layernorm=True)),
+    "stablelm": ("StableLm", LLAMA | dict(use_parallel_residual=False, use_qkv_bias=True)),
+    "stablelm_parallel": ("StableLm", LLAMA | dict(use_parallel_residual=True)),
+    "granite": ("Granite", LLAMA | dict(residual_multiplier=0.22, embedding_multiplier=12.0)),
+    "cohere": ("Cohere", LLAMA),
+    "smollm3": ("SmolLM3", LLAMA | dict(no_rope_layers=[1, 0, 1])),
+    "gpt_oss": ("GptOss", HEAD8 | WINDOW | EXPERTS),
+    # layers 0 and 2 dense, 1 sparse
+    "llama4_text": (
+        "Llama4Text",
+        HEAD8 | dict(num_local_experts=4, interleave_moe_layer_step=2, intermediate_size_mlp=40),
+    ),
+    "glm4": ("Glm4", HEAD8),
+    "mamba": ("Mamba", MAMBA),
+}
+
 ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
-    name: partial(build, class_name, **config)
-    for name, class_name, config in [
-        ("gpt2", "GPT2", GPT2),
-        ("gptj", "GPTJ", GPT2 | dict(rotary_dim=4)),
-        (
-            "gpt_neo",
-            "GPTNeo",
-            dict(
-                vocab_size=VOCAB, hidden_size=HIDDEN, num_layers=LAYERS, num_heads=HEADS,
-                intermediate_size=INNER, window_size=4, max_position_embeddings=128,
-                attention_types=[[["global", "local", "global"], 1]],
-                pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            ),
-        ),
-        ("gpt_neox", "GPTNeoX", LLAMA | dict(use_parallel_residual=True)),
-        ("gpt_neox_sequential", "GPTNeoX", LLAMA | dict(use_parallel_residual=False)),
-        ("llama", "Llama", LLAMA | dict(attention_bias=True, mlp_bias=True)),
-        ("mistral", "Mistral", LLAMA | WINDOW),
-        ("mixtral", "Mixtral", LLAMA | dict(num_local_experts=4, num_experts_per_tok=2)),
-        ("qwen2", "Qwen2", LLAMA),
-        ("qwen3", "Qwen3", HEAD8 | dict(head_dim=12)),  # heads x head_dim need not be hidden_size
-        (
-            "qwen3_moe",  # layer 0 dense, the others sparse
-            "Qwen3Moe",
-            HEAD8
-            | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[0]),
-        ),
-        ("gemma", "Gemma", HEAD8),
-        ("gemma2", "Gemma2", HEAD8 | WINDOW | dict(query_pre_attn_scalar=8)),
-        ("gemma3_text", "Gemma3Text", HEAD8 | WINDOW | dict(query_pre_attn_scalar=8)),
-        ("phi", "Phi", LLAMA),
-        ("phi3", "Phi3", LLAMA),
-        (
-            "opt",
-            "OPT",
-            dict(
-                vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, ffn_dim=INNER,
-                num_attention_heads=HEADS, word_embed_proj_dim=HIDDEN, max_position_embeddings=128,
-                pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            ),
-        ),
-        (
-            "opt_post_norm",  # as opt-350m: narrow embeddings, norms on the stream
-            "OPT",
-            dict(
-                vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, ffn_dim=INNER,
-                num_attention_heads=HEADS, word_embed_proj_dim=16, max_position_embeddings=128,
-                do_layer_norm_before=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            ),
-        ),
-        ("olmo", "Olmo", LLAMA),
-        ("olmo2", "Olmo2", LLAMA),
-        ("olmo3", "Olmo3", LLAMA | WINDOW),
-        ("falcon_sequential", "Falcon", FALCON | dict(parallel_attn=False, multi_query=False)),
-        ("falcon_parallel", "Falcon", FALCON | dict(parallel_attn=True, multi_query=True)),
-        (
-            "falcon_new",
-            "Falcon",
-            FALCON | dict(new_decoder_architecture=True, parallel_attn=True, num_kv_heads=2),
-        ),
-        ("bloom", "Bloom", BLOOM),
-        ("bloom_post_norm", "Bloom", BLOOM | dict(apply_residual_connection_post_layernorm=True)),
-        ("stablelm", "StableLm", LLAMA | dict(use_parallel_residual=False, use_qkv_bias=True)),
-        ("stablelm_parallel", "StableLm", LLAMA | dict(use_parallel_residual=True)),
-        (
-            "granite",
-            "Granite",
-            LLAMA | dict(residual_multiplier=0.22, embedding_multiplier=12.0, attention_multiplier=0.1),
-        ),
-        ("cohere", "Cohere", LLAMA),
-        ("smollm3", "SmolLM3", LLAMA | dict(no_rope_layers=[1, 0, 1])),
-        (
-            "gpt_oss",
-            "GptOss",
-            HEAD8 | WINDOW | dict(num_local_experts=4, num_experts_per_tok=2),
-        ),
-        (
-            "llama4_text",  # layers 0 and 2 dense, 1 sparse
-            "Llama4Text",
-            HEAD8
-            | dict(
-                intermediate_size_mlp=40, num_local_experts=4, interleave_moe_layer_step=2,
-                attention_chunk_size=64,
-            ),
-        ),
-        ("glm4", "Glm4", HEAD8 | dict(partial_rotary_factor=0.5)),
-        (
-            "mamba",
-            "Mamba",
-            dict(
-                vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, state_size=8,
-                time_step_rank=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            ),
-        ),
-    ]
-}  # fmt: skip
+    name: partial(build, stem, **config) for name, (stem, config) in _MODELS.items()
+}
 
 
 def tiny(name: str) -> PreTrainedModel:
-    """A fresh model of an architecture in `ARCHITECTURES`: random, in eval mode, the same every time."""
+    """A fresh model of an architecture in `ARCHITECTURES`: in eval mode, the same every time."""
     return ARCHITECTURES[name]()
 
 
@@ -178,11 +135,10 @@ def tiny_multimodal(name: str = "gemma3") -> PreTrainedModel:
         num_attention_heads=HEADS, image_size=16, patch_size=8,
     )  # fmt: skip
     if name == "gemma3":
-        text = HEAD8 | WINDOW | dict(query_pre_attn_scalar=8)
         return randomise(
             transformers.Gemma3ForConditionalGeneration(
                 transformers.Gemma3Config(
-                    text_config=text,
+                    text_config=GEMMA,
                     vision_config=vision,
                     mm_tokens_per_image=4,
                     image_token_index=90,

@@ -226,7 +226,11 @@ def test_generate_batch_is_steered_although_it_runs_in_another_thread():
         outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
         found = [torch.tensor(out.generated_tokens) for out in outputs.values()]
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        for refused in (add(3, 1.0, rows=0), add(3, 1.0, phase="prompt"), add(3, 1.0, positions=-1)):
+        for refused in (
+            add(3, 1.0, rows=0),
+            add(3, 1.0, phase="prompt"),
+            add(3, 1.0, positions=-1),
+        ):
             attachment.edits = refused
             with pytest.raises(ValueError, match="generate_batch packs"):
                 model.generate_batch(inputs=prompts, generation_config=config)
@@ -248,7 +252,7 @@ COMPILED = {"cache_implementation": "static", "tokens": 5}
 def compiled(model, ids=IDS, **options):
     from transformers import CompileConfig
 
-    config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
     config._compile_all_devices = True  # on CPU too: the auto-compile of GPUs
     return greedy(model, ids, compile_config=config, **COMPILED, **options)
 
@@ -288,7 +292,7 @@ def test_attached_before_compile_the_graph_holds_no_break(fresh_compiler, activa
     with attach(model, sae, edits, splice=splice) as attachment:
         expected = logits(model, use_cache=False)
         code = attachment.codes["resid_post.1"].to_dense()
-        graph = torch.compile(model, fullgraph=True, backend="aot_eager")
+        graph = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(logits(graph, use_cache=False), expected)
         torch.testing.assert_close(attachment.codes["resid_post.1"].to_dense(), code)
         assert attachment.report()["resid_post.1"].tokens == 28  # counted inside the graph too
@@ -297,7 +301,7 @@ def test_attached_before_compile_the_graph_holds_no_break(fresh_compiler, activa
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_model_compiled_before_attach_is_steered_and_given_back(fresh_compiler, wrapped):
     model, sae = copy.deepcopy(tiny("gpt2")), make_sae()
-    graph = torch.compile(model, backend="aot_eager")
+    graph = torch.compile(model, backend="eager")
     bare = logits(graph, use_cache=False)
     with attach(model, sae, add(3, 2.0)):
         expected = logits(model, use_cache=False)

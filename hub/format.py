@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from saert.hub.formats import saelens
 from saert.hub.formats.saelens import FormatError
@@ -19,7 +20,12 @@ def read(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | 
     Raises FormatError naming the files that were found, if no layout is recognised.
     """
     if (folder / saelens.CONFIG).is_file() and (folder / saelens.WEIGHTS).is_file():
-        return saelens.read(folder, device, dtype)
+        try:
+            return saelens.read(folder, device, dtype)
+        except SafetensorError as error:
+            raise FormatError(f"{folder.name}/{saelens.WEIGHTS}: {error}") from error
+        except ValueError as error:
+            raise FormatError(f"{folder.name}: {error}") from error
     found = sorted(path.name for path in folder.iterdir())[:10]
     raise FormatError(
         f"{folder.name}: no SAE found; expected {saelens.CONFIG} and {saelens.WEIGHTS}, "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from saert.hub import bundled
 from saert.hub.format import FormatError, read
@@ -113,15 +113,17 @@ def _inside(folder: Path, path: str | None, source: str | Path) -> Path:
 def _download(repo: str, path: str | None, revision: str | None) -> tuple[Path, str]:
     """Fetch the two files of one SAE; the folder they lie in, and the commit they came from."""
     prefix = "" if path is None else f"{_safe(path)}/"
-    commit = HfApi().model_info(repo, revision=revision).sha or revision
     try:
-        files = [
-            hf_hub_download(repo, prefix + name, revision=commit) for name in (CONFIG, WEIGHTS)
-        ]
-    except EntryNotFoundError:
+        config = Path(hf_hub_download(repo, prefix + CONFIG, revision=revision))
+        commit = config.parents[prefix.count("/")].name  # snapshots/<commit>/<prefix>cfg.json
+        hf_hub_download(repo, prefix + WEIGHTS, revision=commit)
+    except RemoteEntryNotFoundError:
+        paths = _paths(repo, revision)
+        if path is None and len(paths) == 1 and paths[0]:
+            return _download(repo, paths[0], revision)
         listing = _listing(repo, revision)
         raise FileNotFoundError(f"{repo}: no SAE at {path or 'its root'}; {listing}") from None
-    return Path(files[0]).parent, str(commit)
+    return config.parent, commit
 
 
 def _paths(source: str | Path, revision: str | None) -> list[str]:

@@ -22,6 +22,7 @@ class Activation(nn.Module):
     """From pre-activations [*tokens, num_latents] to activations of the same shape."""
 
     per_latent: ClassVar[bool] = True
+    shared_allowed: ClassVar[bool] = True  # whether one number may serve all latents
 
     def forward(self, pre: Tensor, weight: Tensor | None = None) -> Tensor:
         """Dense activations [*tokens, num_latents]."""
@@ -42,7 +43,8 @@ class Activation(nn.Module):
     def check(self, num_latents: int) -> None:
         """Raise ValueError if the parameters do not fit a dictionary of this size."""
         for name, value in (*self.named_parameters(), *self.named_buffers()):
-            if value.dim() and value.shape != (num_latents,):
+            scalar = value.dim() == 0 and self.shared_allowed
+            if not scalar and value.shape != (num_latents,):
                 raise ValueError(
                     f"{type(self).__name__}: {name} has shape {list(value.shape)}, expected "
                     f"[{num_latents}], one per latent"
@@ -65,7 +67,7 @@ class TopK(Activation):
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        if not (isinstance(k, int) and k >= 1):
+        if isinstance(k, bool) or not (isinstance(k, int) and k >= 1):
             raise ValueError(f"TopK: k is {k!r}, expected an integer of at least 1")
         self.k = k
 
@@ -135,6 +137,7 @@ class Gated(Activation):
     [num_latents].
     """
 
+    shared_allowed = False
     b_gate: Tensor
     b_mag: Tensor
     r_mag: Tensor

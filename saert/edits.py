@@ -187,8 +187,7 @@ def ablate(
     set([3, 9], 0)
     """
     select = _selection(sae, rows, positions, phase, when)
-    several = tuple(_latent(i) for i in latents) if isinstance(latents, Iterable) else None
-    chosen = (_latent(latents),) if several is None else several  # type: ignore[arg-type]
+    chosen = tuple(_latent(latent) for latent in _each(latents))
     if not chosen:
         raise ValueError("ablate: no latents given")
     if len(set(chosen)) < len(chosen):
@@ -241,7 +240,7 @@ def apply(edits: Sequence[LatentEdit], code: SparseCode) -> SparseCode:
     for edit in edits:
         chosen = torch.tensor(edit.latents, device=before.device)
         f = after[..., chosen]
-        new = (f + edit.amount, torch.full_like(f, _number(edit.amount)), f * edit.amount)[edit.op]
+        new = (f + edit.amount, torch.zeros_like(f) + edit.amount, f * edit.amount)[edit.op]
         if (when := edit.select.when) is not None:
             new = torch.where(before[..., when.latent, None] > when.above, new, f)
         after[..., chosen] = new
@@ -261,10 +260,15 @@ def _selection(
         raise TypeError(f"when: found {type(when).__name__}, expected active(latent, above=0.0)")
     if isinstance(sae, str):
         sae = Hookpoint.parse(sae)
+    elif sae is not None and not isinstance(sae, Hookpoint | torch.nn.Module):
+        raise TypeError(f"sae: found {type(sae).__name__}, expected a hookpoint or an attached SAE")
     chosen_rows = None if rows is None else _ints("rows", rows)
     if chosen_rows is not None and min(chosen_rows) < 0:
         raise ValueError(f"rows: found {min(chosen_rows)}; rows count from 0")
     if isinstance(positions, slice):
+        for end in (positions.start, positions.stop, positions.step):
+            if end is not None and not isinstance(end, int):
+                raise TypeError(f"positions: found {positions!r}, expected a slice of ints")
         if positions.step is not None and positions.step < 1:
             raise ValueError(f"positions: the step is {positions.step}, expected at least 1")
         return Selection(sae, chosen_rows, positions, phase, when)
@@ -274,13 +278,20 @@ def _selection(
 
 def _ints(name: str, value: SupportsIndex | Iterable[SupportsIndex]) -> tuple[int, ...]:
     try:
-        values = value if isinstance(value, Iterable) else (value,)
-        chosen = tuple(operator.index(v) for v in values)
+        chosen = tuple(operator.index(v) for v in _each(value))
     except TypeError:
         raise TypeError(f"{name}: found {value!r}, expected an int or a sequence of ints") from None
     if not chosen:
         raise ValueError(f"{name}: an empty selection selects nothing; leave it out to select all")
     return chosen
+
+
+def _each(value: SupportsIndex | Iterable[SupportsIndex]) -> Iterable[SupportsIndex]:
+    """One index as a sequence of one; a 0-d tensor is one, although it claims to be iterable."""
+    single = isinstance(value, Tensor) and value.dim() == 0
+    if single or not isinstance(value, Iterable):
+        return (value,)  # type: ignore[return-value]
+    return value
 
 
 def _latent(value: SupportsIndex) -> int:
@@ -303,6 +314,8 @@ def _amount(value: float | Tensor) -> float | Tensor:
 def _number(value: float | Tensor) -> float:
     if isinstance(value, Tensor) and value.dim() > 0:
         raise ValueError(f"amount: found a tensor {list(value.shape)}, expected a number or 0-d")
+    if isinstance(value, str):
+        raise TypeError(f"amount: found {value!r}, expected a number")
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saert.edits import LatentEdit, Op, VectorEdit
+from saert.kernels.encode import no_autocast
 from saert.sae import SAE
 from saert.sparse import SparseCode
 
@@ -149,15 +150,18 @@ def edit(
     if plan.empty and not splice:
         return hidden
     x = hidden if source is None else source
-    out = hidden
-    if splice:
-        out = sae(x) if code is None else sae.decode(code, x)
-    if plan.slots is not None:
-        change = _write(_differences(x, sae, plan, code), plan.slots, sae)
-        out = out + sae.rescale(change, x)
-    if plan.vectors is not None:
-        out = out + _vector_sum(x, sae, plan, code)
-    return out.to(hidden.dtype)
+    with no_autocast(hidden):
+        if code is None and plan.reads_code and not sae.activation.per_latent:
+            code = sae.encode(x)  # once, for conditions and slots alike
+        out = hidden
+        if splice:
+            out = sae(x) if code is None else sae.decode(code, x)
+        if plan.slots is not None:
+            change = _write(_differences(x, sae, plan, code), plan.slots, sae)
+            out = out + sae.rescale(change, x)
+        if plan.vectors is not None:
+            out = out + _vector_sum(x, sae, plan, code)
+        return out.to(hidden.dtype)
 
 
 def _differences(x: Tensor, sae: SAE, plan: EditPlan, code: SparseCode | None) -> Tensor:

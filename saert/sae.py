@@ -121,6 +121,8 @@ class SAE(nn.Module):
                 f"SAE: subtract_b_dec=True needs d_in == d_out, found {W_enc.shape[1]} and "
                 f"{W_dec.shape[1]}; a transcoder's b_dec belongs to its output"
             )
+        if isinstance(activation, Gated) and select_by_decoder_norm:
+            raise ValueError("SAE: select_by_decoder_norm is not defined for Gated")
         if isinstance(activation, Gated) and b_enc is not None:
             raise ValueError("SAE: a gated SAE has no b_enc; its biases are b_gate and b_mag")
         sae = cls(
@@ -180,6 +182,7 @@ class SAE(nn.Module):
 
         With `latents` (int64 [E], or [*tokens or broadcastable, E]) only those are computed.
         """
+        self._check_width(x)
         return self._scores(self.transform(x).x, latents)
 
     def _scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
@@ -271,6 +274,11 @@ class SAE(nn.Module):
         self._decoder_norm = self._norms().detach() if fixed else None
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> SAE:
+        """`.to(dtype)` would round the norms with the weights: compute them again instead."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self.train(self.training)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.train(self.training)
@@ -308,10 +316,12 @@ def _check_weights(
 ) -> None:
     if W_enc.dim() != 2 or W_dec.dim() != 2 or W_enc.shape[0] != W_dec.shape[0]:
         hint = ""
-        if W_enc.dim() == W_dec.dim() == 2 and W_enc.shape[1] == W_dec.shape[0]:
-            hint = "; W_enc looks transposed: pass W_enc.T"
-        elif W_enc.dim() == W_dec.dim() == 2 and W_enc.shape[0] == W_dec.shape[1]:
-            hint = "; W_dec looks transposed: pass W_dec.T"
+        if W_enc.dim() == W_dec.dim() == 2:
+            num_latents = max(W_enc.shape) if b_enc is None else b_enc.shape[0]
+            if W_enc.shape[1] == W_dec.shape[0] == num_latents:
+                hint = "; W_enc looks transposed: pass W_enc.T"
+            elif W_enc.shape[0] == W_dec.shape[1] == num_latents:
+                hint = "; W_dec looks transposed: pass W_dec.T"
         raise ValueError(
             f"SAE: W_enc is {list(W_enc.shape)} and W_dec is {list(W_dec.shape)}, expected "
             f"[num_latents, d_in] and [num_latents, d_out]{hint}"

@@ -36,8 +36,11 @@ class SparseCode:
                 f"SparseCode: indices are {tuple(self.indices.shape)} but values are "
                 f"{tuple(self.values.shape)}; both must be [*tokens, k]"
             )
-        if self.indices.dtype != torch.int64:
-            raise TypeError(f"SparseCode: indices are {self.indices.dtype}, expected torch.int64")
+        if self.indices.dtype != torch.int64 or not self.values.is_floating_point():
+            raise TypeError(
+                f"SparseCode: indices are {self.indices.dtype} and values {self.values.dtype}, "
+                "expected torch.int64 and a floating dtype"
+            )
 
     @classmethod
     def from_dense(cls, x: Tensor) -> SparseCode:
@@ -52,6 +55,8 @@ class SparseCode:
     @classmethod
     def cat(cls, codes: list[SparseCode], dim: int) -> SparseCode:
         """Codes joined along token dimension `dim` (from the front), padded to the widest."""
+        if len(sizes := {code.num_latents for code in codes}) > 1:
+            raise ValueError(f"SparseCode.cat: num_latents differ: {sorted(sizes)}")
         k = max(code.k for code in codes)
         padded = [code.widen(k) for code in codes]
         return cls(
@@ -71,7 +76,9 @@ class SparseCode:
         return self.indices.shape
 
     def widen(self, k: int) -> SparseCode:
-        """The same code with unused slots added up to k."""
+        """The same code with unused slots added up to k; ValueError if it has more already."""
+        if k < self.k:
+            raise ValueError(f"SparseCode.widen: found {self.k} slots, more than the {k} asked for")
         extra = (0, k - self.k)
         pad = torch.nn.functional.pad
         return SparseCode(pad(self.indices, extra), pad(self.values, extra), self.num_latents)
@@ -91,13 +98,13 @@ class SparseCode:
         return (self.values != 0).sum(-1)
 
     def __getitem__(self, tokens: Any) -> SparseCode:
-        """Index the token dimensions, as one indexes a tensor: `code[0, -1]`, `code[mask]`."""
-        indices, values = self.indices[tokens], self.values[tokens]
-        if indices.shape[-1:] != self.indices.shape[-1:]:
-            raise IndexError(
-                f"SparseCode of shape {tuple(self.shape)}: only the {self.indices.dim() - 1} token "
-                "dimensions can be indexed, not the slots"
-            )
+        """Index the token dimensions, as one indexes a tensor: `code[0, -1]`, `code[mask]`.
+
+        The slots are not a dimension to index: IndexError, as for a dimension too many.
+        """
+        shape = self.shape[:-1]
+        chosen = torch.arange(shape.numel(), device=self.indices.device).view(shape)[tokens]
+        indices, values = (t.reshape(-1, self.k)[chosen] for t in (self.indices, self.values))
         return SparseCode(indices, values, self.num_latents)
 
     def to(self, target: torch.device | str | torch.dtype) -> SparseCode:

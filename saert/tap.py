@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from saert.context import Context, Tracker, no_copy
 from saert.edits import Edit, LatentEdit, VectorEdit
 from saert.hookpoint import Hookpoint, Location
-from saert.kernels.encode import accumulation_dtype, no_autocast
+from saert.kernels.encode import accumulation_dtype
 from saert.plan import EditPlan, compile_plan, edit
 from saert.record import Recorder
 from saert.sae import SAE
@@ -156,7 +156,7 @@ class Tap:
             )
         x = x.reshape(context.rows, context.length, x.shape[-1])
         y = y.reshape(context.rows, context.length, y.shape[-1])
-        with no_autocast(y), self.recorder.timed(y.device):
+        with self.recorder.timed(y.device):
             new = self._act(x, y, source is not None, context)
         if new is None:
             return None

@@ -69,7 +69,8 @@ class LayerNorm(InputTransform):
     def __call__(self, x: Tensor) -> Transformed:
         mean = x.mean(-1, keepdim=True)
         centred = x - mean
-        std = centred.std(-1, keepdim=True)
+        # Tensor.std warns about an input without tokens; a square root has no gradient at zero
+        std = centred.std(-1, keepdim=True) if x.numel() else mean
         return Transformed(centred / (std + self.eps), mean, std)
 
 
@@ -87,6 +88,10 @@ class UnitNorm(InputTransform):
     """x · norm / ‖x‖ per token; `norm=None` means √d_in (SAELens `constant_norm_rescale`)."""
 
     norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm is not None and not (math.isfinite(self.norm) and self.norm > 0):
+            raise ValueError(f"UnitNorm: norm is {self.norm}, expected a positive number")
 
     def __call__(self, x: Tensor) -> Transformed:
         norm = math.sqrt(x.shape[-1]) if self.norm is None else self.norm

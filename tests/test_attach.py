@@ -1,4 +1,4 @@
-"""The contract of `attach` (DESIGN section 4): what an attached model computes, and what it leaves."""
+"""The contract of `attach`: what an attached model computes, and what is left after it."""
 
 import copy
 import pickle
@@ -187,7 +187,9 @@ def test_edits_add_the_difference_of_two_decodes(activation, transform, edits):
     assert not torch.allclose(expected, x)
     for record in ("last", False):  # with the recorded code, and with dot products of its own
         with attach(model, sae, edits, record=record):
-            torch.testing.assert_close(stream(model, "resid_post.1"), expected, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                stream(model, "resid_post.1"), expected, atol=2e-5, rtol=1e-4
+            )
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: type(t).__name__)
@@ -326,7 +328,9 @@ def test_when_acts_only_where_the_condition_held_before_any_edit():
     with attach(model, sae, edits):
         change = stream(model, "resid_post.1") - x
     silenced = -sae.activations(x)[..., 7:8] * sae.W_dec[7]
-    torch.testing.assert_close(change, silenced + fires[..., None] * sae.W_dec[3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        change, silenced + fires[..., None] * sae.W_dec[3], atol=1e-5, rtol=0
+    )
 
 
 # -- edits while attached --------------------------------------------------------------------------
@@ -370,7 +374,10 @@ def test_saes_at_one_hookpoint_apply_in_attach_order_each_on_what_the_last_left(
         )
         with pytest.raises(KeyError, match=r"codes\[sae\]"):
             attachment.codes["resid_post.1"]
-    with attach(model, first, edits[:1], splice=True), attach(model, second, edits[1:], splice=True):
+    with (
+        attach(model, first, edits[:1], splice=True),
+        attach(model, second, edits[1:], splice=True),
+    ):
         torch.testing.assert_close(stream(model, "resid_post.1"), expected, atol=2e-5, rtol=1e-4)
 
 
@@ -428,7 +435,9 @@ def test_a_transcoder_reads_at_its_hookpoint_and_writes_at_its_target(name, skip
         attachment.edits = [add(3, 2.0), scale(5, 2.0)]
         change = coder.decode(apply(attachment.edits, coder.encode(x)), x) - coder(x)
         torch.testing.assert_close(stream(model, "mlp_out.1"), y + change, atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(stream(model, "mlp_in.1"), x)  # nothing is written where it reads
+        torch.testing.assert_close(
+            stream(model, "mlp_in.1"), x
+        )  # nothing is written where it reads
         attachment.edits, attachment.splice = (), True
         torch.testing.assert_close(stream(model, "mlp_out.1"), coder(x), atol=2e-5, rtol=1e-4)
     assert torch.equal(logits(model), before)
@@ -494,7 +503,7 @@ def test_gradients_reach_amounts_and_weights_through_edit_and_splice():
 
 
 def test_the_error_term_passes_its_gradient():
-    """With an edit of one latent, d(hidden')/d(hidden) = 1 + the latent's own path, nothing less."""
+    """With an edit of one latent, the gradient is that of the stream plus the latent's own path."""
     model, sae = tiny("gpt2"), make_sae(activation="relu")
     inputs = model.transformer.wte(IDS).detach().requires_grad_(True)
     with attach(model, sae, clamp(3, 0.0)):
@@ -543,9 +552,7 @@ def test_a_peft_model_is_edited_like_the_model_inside_it():
         new = model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False)
     with attach(inner, sae, add(3, 1.0)):
         assert torch.equal(logits(model), steered)
-        assert torch.equal(
-            inner.generate(input_ids=IDS, max_new_tokens=4, do_sample=False), new
-        )
+        assert torch.equal(inner.generate(input_ids=IDS, max_new_tokens=4, do_sample=False), new)
     assert torch.equal(logits(model), before)
 
 

@@ -1,4 +1,4 @@
-"""The contract of `attach` while generating: positions, rows and phases through every kind of cache."""
+"""The contract of `attach` while generating: positions, rows, phases, every kind of cache."""
 
 import copy
 import threading

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from saert.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from saert.hookpoint import TRANSFORMER_LENS, Hookpoint, HookpointError
+from saert.kernels.encode import accumulation_dtype
 from saert.sae import SAE
 from saert.transforms import (
     DatasetScale,
@@ -94,7 +95,9 @@ def read(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | 
     tensors = _read_tensors(folder / WEIGHTS, kind, has_skip, own, device, dtype)
     _check_sizes(config, tensors, folder)
     metadata = dict(config.get("metadata") or {})
-    read_at, write_at = _hookpoint(metadata, "hook_name"), _hookpoint(metadata, "hook_name_out")
+    transcodes = architecture in TRANSCODERS or "hook_name_out" in metadata
+    read_at = _hookpoint(metadata, "hook_name")
+    write_at = _target(metadata) if transcodes else None
     if "model_name" in metadata:
         metadata.setdefault("base_model", metadata["model_name"])
     rescale = bool(config.get("rescale_acts_by_decoder_norm", False))
@@ -104,7 +107,6 @@ def read(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | 
         tensors["W_dec"] /= norm[:, None]
         if "b_enc" in tensors:
             tensors["b_enc"] *= norm
-    transcodes = architecture in TRANSCODERS or "hook_name_out" in metadata
     return SAE.from_weights(
         tensors["W_enc"],
         tensors["W_dec"],
@@ -114,7 +116,8 @@ def read(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | 
         hookpoint=read_at,
         target_hookpoint=write_at,
         input_transform=_transform(config, own),
-        subtract_b_dec=bool(config.get("apply_b_dec_to_input", False)) and not transcodes,
+        # SAELens writes the key for its transcoders too, and does not act on it
+        subtract_b_dec=bool(config["apply_b_dec_to_input"]) and (own is not None or not transcodes),
         W_skip=tensors.get("W_skip"),
         select_by_decoder_norm=bool(own and own.get("select_by_decoder_norm")),
         metadata=metadata,
@@ -129,6 +132,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FormatError(f"{path.name}: found a {type(config).__name__}, expected an object")
     metadata = config.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        found = type(metadata).__name__
+        raise FormatError(f"{path.name}: metadata is a {found}, expected an object")
     version = str(metadata.get("sae_lens_version") or config.get("sae_lens_version") or "0")
     if not version.partition(".")[0].isdigit() or int(version.partition(".")[0]) < 6:
         raise FormatError(
@@ -136,7 +142,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             "version of saert reads the layout of SAELens 6 and later"
         )
     architecture = config.get("architecture")
-    if architecture not in EXTRA_KEYS:
+    if not isinstance(architecture, str) or architecture not in EXTRA_KEYS:
         known = ", ".join(sorted(EXTRA_KEYS))
         raise FormatError(f"{path.name}: architecture {architecture!r}, expected one of {known}")
     allowed = COMMON | EXTRA_KEYS[architecture] | {"sae_lens_version"}
@@ -145,7 +151,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path.name}: unknown keys {unknown} for architecture {architecture!r}; ignoring them "
             "could change the numbers"
         )
-    if missing := sorted({"d_in", "d_sae"} - set(config)):
+    if missing := sorted({"d_in", "d_sae", "apply_b_dec_to_input"} - set(config)):
         raise FormatError(f"{path.name}: missing keys {missing}")
     if config.get("reshape_activations", "none") not in ("none", "hook_z"):
         raise FormatError(f"{path.name}: reshape_activations {config['reshape_activations']!r}")
@@ -175,11 +181,17 @@ def _read_tensors(
         shape = stored.get_shape()
         if len(shape) != 2:
             raise FormatError(f"{path.name}: W_enc is {shape}, expected [d_in, num_latents]")
-        W_enc = torch.empty(shape[1], shape[0], dtype=tensors["W_dec"].dtype, device=device)
+        stored_dtype = stored[:, :0].dtype
+        W_enc = torch.empty(shape[1], shape[0], dtype=stored_dtype, device=device)
         for start in range(0, shape[1], _COLUMNS):
             W_enc[start : start + _COLUMNS] = stored[:, start : start + _COLUMNS].T
     tensors["W_enc"] = W_enc
-    return {name: t if dtype is None else t.to(dtype) for name, t in tensors.items()}
+    if dtype is None:
+        return tensors
+    # thresholds and gates are compared with float32 scores: rounding them would move latents
+    exact = {"threshold", "b_gate", "b_mag", "r_mag"}
+    wide = accumulation_dtype(dtype)
+    return {name: t.to(wide if name in exact else dtype) for name, t in tensors.items()}
 
 
 def _check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -208,6 +220,17 @@ def _hookpoint(metadata: Mapping[str, Any], key: str) -> Hookpoint | None:
         return Hookpoint.parse(str(name))
     except HookpointError:
         return None
+
+
+def _target(metadata: Mapping[str, Any]) -> Hookpoint:
+    """Where a transcoder writes. Without it a square one could pass for an SAE: refuse."""
+    name = metadata.get("hook_name_out")
+    if not name:
+        raise FormatError(f"{CONFIG}: a transcoder without metadata.hook_name_out, where it writes")
+    try:
+        return Hookpoint.parse(str(name))
+    except HookpointError as error:
+        raise FormatError(f"{CONFIG}: metadata.hook_name_out: {error}") from None
 
 
 def _activation(
@@ -268,11 +291,11 @@ def _own_kind(own: Mapping[str, Any]) -> str:
 def write(sae: SAE, folder: Path) -> None:
     """`cfg.json` and `sae_weights.safetensors` into a folder, made if it is missing."""
     config, tensors = _describe(sae)
+    text = json.dumps(config, indent=2, ensure_ascii=False)  # may refuse the metadata: so first
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS
     )
-    text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
@@ -289,7 +312,7 @@ def _describe(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "device": "cpu",
         "apply_b_dec_to_input": sae.subtract_b_dec,
         "normalize_activations": _name(sae.input_transform, TRANSFORMS) or "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if _reads_heads(sae) else "none",
         **extra,
         "metadata": _metadata(sae),
     }
@@ -338,7 +361,7 @@ def _expressible(sae: SAE) -> bool:
     if not plain_transform or sae.select_by_decoder_norm:
         return False
     if sae.is_transcoder:
-        return isinstance(sae.activation, ReLU | JumpReLU)
+        return not sae.subtract_b_dec and isinstance(sae.activation, ReLU | JumpReLU)
     return sae.W_skip is None
 
 
@@ -354,6 +377,11 @@ def _metadata(sae: SAE) -> dict[str, Any]:
     if isinstance(sae.activation, BatchTopK):
         metadata["training_architecture"] = "batchtopk"
     return metadata
+
+
+def _reads_heads(sae: SAE) -> bool:
+    """TransformerLens keeps attn_z as [heads, head_dim]: SAELens has to be told to flatten it."""
+    return sae.hookpoint is not None and sae.hookpoint.site == "attn_z"
 
 
 def _transformer_lens_name(at: Hookpoint) -> str:

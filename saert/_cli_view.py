@@ -184,22 +184,29 @@ def info_table(info: Mapping[str, Any]) -> Table:
     return table
 
 
+OVERVIEW = {"l0": "L0", "fvu": "FVU", "ce_recovered": "CE rec", "dead": "dead"}
+
+
 def overview_table(infos: Sequence[Mapping[str, Any]]) -> Table:
-    """A row per SAE, a column per metric that any of them has."""
-    metrics = list(dict.fromkeys(name for info in infos for name in info["metrics"]))
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("source", "writes", "shape", "activation", "labels", *metrics):
-        table.add_column(name, no_wrap=name == "source")
+    """A row per SAE: what it is, and the metrics measured when it was trained."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("source", "latents", "kind", *OVERVIEW.values()):
+        left = name in ("source", "kind")
+        table.add_column(name, no_wrap=True, justify="left" if left else "right")
     for info in infos:
+        arrow = f"→{info['target_hookpoint']}" if info["target_hookpoint"] else ""
+        metrics = info["metrics"]
         table.add_row(
-            info["source"],
-            info["target_hookpoint"] or "",
-            f"{info['d_in']}→{info['num_latents']}→{info['d_out']}",
+            info["source"] + arrow,
+            f"{info['num_latents']:,}",
             " ".join(_plain(fact) for fact in info["activation"].values()),
-            str(info["labels"]),
-            *(_plain(info["metrics"].get(name)) for name in metrics),
+            *(_rounded(metrics.get(name)) for name in OVERVIEW),
         )
     return table
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else _plain(value)
 
 
 def _plain(value: Any) -> str:

@@ -160,6 +160,8 @@ class Tracker:
     def __init__(self, key: nn.Module) -> None:
         self.context: Context | None = None
         self.owner = threading.get_ident()
+        self.pending = 0  # passes with gradients since gradient checkpointing last recomputed one
+        self.recomputed = False
         self.registered: dict[tuple[int, str], list[Any]] = {}  # attachments' hooks, in order
         self._users: list[object] = []
         self._refusals: list[Callable[[], str | None]] = []
@@ -259,6 +261,9 @@ class Tracker:
         if self._depth == 0:
             call = dict(zip(self._names[id(module)], args, strict=False)) | kwargs
             self.context = self._read(call)
+            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                self.pending = 1 if self.recomputed else self.pending + 1
+                self.recomputed = False
         self._depth += 1
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:

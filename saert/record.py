@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -148,32 +148,30 @@ class Recorder:
 class Codes(Mapping[str, SparseCode]):
     """Recorded codes by hookpoint, in any spelling, or by SAE object."""
 
-    def __init__(self, taps: list[tuple[Hookpoint, SAE, Recorder]]) -> None:
-        self._taps = taps
+    def __init__(
+        self,
+        places: list[Hookpoint],
+        find: Callable[[str | Hookpoint | SAE], list[Recorder]],
+    ) -> None:
+        self._places, self._find = places, find
 
     def __getitem__(self, key: str | Hookpoint | SAE) -> SparseCode:
-        if isinstance(key, SAE):
-            found = [tap for tap in self._taps if tap[1] is key]
-        else:
-            wanted = Hookpoint.parse(key)
-            found = [tap for tap in self._taps if tap[0] == wanted]
-        places = ", ".join(str(at) for at, _, _ in self._taps)
-        if not found:
-            raise KeyError(f"no SAE is attached at {key}; attached: {places}")
+        try:
+            found = self._find(key)
+        except ValueError as error:
+            raise KeyError(str(error)) from None
         if len(found) > 1:
             raise KeyError(f"{len(found)} SAEs are attached at {key}: ask with codes[sae]")
-        code = found[0][2].code()
+        code = found[0].code()
         if code is None:
-            raise KeyError(
-                f"no code recorded at {found[0][0]}: no forward pass yet, or record=False"
-            )
+            raise KeyError(f"no code recorded at {key}: no forward pass yet, or record=False")
         return code
 
     def __iter__(self) -> Iterator[str]:
-        return (str(at) for at in dict.fromkeys(at for at, _, _ in self._taps))
+        return (str(at) for at in dict.fromkeys(self._places))
 
     def __len__(self) -> int:
-        return len({at for at, _, _ in self._taps})
+        return len(set(self._places))
 
 
 def _blank(seen: SparseCode | Tensor, mask: Tensor) -> SparseCode | Tensor:

@@ -93,7 +93,10 @@ class Attachment:
         for at, sae in saes:
             check_model(model, sae, at, strict)
         self._taps = [Tap(model, at, sae, record) for at, sae in saes]
-        self.codes = Codes([(tap.hookpoint, tap.sae, tap.recorder) for tap in self._taps])
+        self.codes = Codes(
+            [tap.hookpoint for tap in self._taps],
+            lambda key: [tap.recorder for tap in self._named(key, "codes")],
+        )
         """Codes seen, by hookpoint in any spelling (or by SAE): SparseCode [batch, sequence, k].
         Padding tokens have empty codes."""
 

@@ -41,7 +41,7 @@ class Tap:
         self.record = record is not False
         self.splice = False
         self._edits: list[Edit] = []
-        self._plan = EditPlan()
+        self._plan, self._planned_on = EditPlan(), sae.device
         self._tracker: Tracker | None = None
         self._handles: list[Any] = []
         self._source: Tensor | None = None
@@ -77,12 +77,19 @@ class Tap:
         self._plan = self._compile()
 
     def _compile(self) -> EditPlan:
+        self._planned_on = self.sae.device
         return compile_plan(self._latent_edits, self._vector_edits, self.sae)
 
     def _plan_for(self, context: Context, device: torch.device) -> EditPlan:
         plan = self._compile() if self._live else self._plan
         if plan.empty or (context.real is None and all(e.select.everywhere for e in self._edits)):
             return plan
+        if self._tracker is not None and self._tracker.pending > 1 and _recomputing():
+            raise RuntimeError(
+                f"{self.hookpoint}: gradient checkpointing recomputes one of "
+                f"{self._tracker.pending} forward passes, and edits that select tokens cannot tell "
+                "which; run backward after each pass, and passes without one under torch.no_grad"
+            )
 
         def gates(edits: Sequence[Edit], repeats: list[int]) -> Tensor | None:
             columns = [context.gate(e.select, device) for e in edits]
@@ -149,6 +156,7 @@ class Tap:
         self._check_hidden(x, context)
         if self.sae.device != x.device:
             self.sae.to(x.device)
+        if self._planned_on != x.device:
             self._plan = self._compile()
         if context.rows * context.length != y.numel() // y.shape[-1]:
             raise RuntimeError(
@@ -167,9 +175,12 @@ class Tap:
         return new.reshape(hidden.shape)
 
     def _act(self, x: Tensor, y: Tensor, transcodes: bool, context: Context) -> Tensor | None:
+        recomputing = _recomputing()
+        if recomputing and self._tracker is not None:
+            self._tracker.recomputed = True
         plan = self._plan_for(context, y.device)
         changes = self.splice or not plan.empty
-        observe = self.record and not _recomputing()
+        observe = self.record and not recomputing
         code = None
         if observe or self.splice or plan.reads_code:
             dense = torch.compiler.is_compiling() and self.sae.activation.per_latent
@@ -241,7 +252,8 @@ class _InputHook:
         if args and isinstance(args[0], Tensor):
             new = self.act(args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
-        name = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
+        tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        name = "hidden_states" if "hidden_states" in tensors else next(iter(tensors), None)
         if name is None:
             raise TypeError(f"{type(module).__name__} was called without a tensor")
         new = self.act(kwargs[name])

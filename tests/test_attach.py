@@ -540,6 +540,23 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_records_once(reentr
         torch.testing.assert_close(checkpointed, plain)
 
 
+def test_checkpointing_refuses_to_guess_which_of_two_passes_it_recomputes():
+    model = copy.deepcopy(tiny("llama")).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+    def loss(**inputs):
+        return model(IDS, use_cache=False, **inputs).logits.square().mean()
+
+    with attach(model, make_sae("mlp_in.1"), add(3, 1.0, positions=0)) as attachment:
+        with pytest.raises(RuntimeError, match="cannot tell which"):
+            (loss() + loss(attention_mask=mask)).backward()
+        loss().backward()
+        loss(attention_mask=mask).backward()
+        attachment.edits = add(3, 1.0)  # the same at every token of every pass: nothing to tell
+        (loss() + loss()).backward()
+
+
 # -- wrappers and copies ---------------------------------------------------------------------------
 
 
@@ -668,7 +685,8 @@ def test_codes_answer_to_every_spelling():
     model = tiny("gpt2")
     with attach(model, make_sae()) as attachment:
         logits(model)
-    for spelling in ("resid_post.1", "blocks.1.hook_resid_post", Hookpoint.parse("resid_post.1")):
+    spellings = ["resid_post.1", "blocks.1.hook_resid_post", "transformer.h.1", "h.1"]
+    for spelling in [*spellings, Hookpoint.parse("resid_post.1")]:
         assert attachment.codes[spelling].shape == (2, 7, 6)
     with pytest.raises(KeyError, match="attached: resid_post.1"):
         attachment.codes["resid_post.0"]

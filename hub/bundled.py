@@ -33,7 +33,12 @@ class Demo:
     ablate: int
 
 
-DEMO = Demo("resid_post.2", "Once upon a time, there was a little", (0, 8.0), 0)
+DEMO = Demo(
+    hookpoint="resid_post.2",
+    prompt="Once upon a time, there was a little girl named Lily. One day, she",
+    steer=(71, 9.0),  # food
+    ablate=546,  # to the park
+)
 
 
 def model() -> PreTrainedModel:

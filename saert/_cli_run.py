@@ -179,14 +179,15 @@ def read_features(
 
 
 def strongest(loaded: Loaded, code: SparseCode, top: int) -> list[Active]:
-    """The active latents of one token, strongest first."""
+    """A token's active latents, strongest first: `top` of them, and all that have a label."""
     pairs = [
         (latent, value)
         for latent, value in zip(code.indices.tolist(), code.values.tolist(), strict=True)
         if value != 0
     ]
     pairs.sort(key=lambda pair: (-pair[1], pair[0]))
-    return [Active(latent, value, loaded.label(latent)) for latent, value in pairs[:top]]
+    found = [Active(latent, value, loaded.label(latent)) for latent, value in pairs]
+    return found[:top] + [one for one in found[top:] if one.label]
 
 
 def peaks(features: Features) -> list[tuple[int, float]]:

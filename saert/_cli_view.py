@@ -16,6 +16,7 @@ from saert._cli_run import Active, Continuation, Features, Overhead, TokenFeatur
 from saert.record import SAEReport
 
 FULL_HEAT = 4.0  # nats at which a colour is saturated
+WRITTEN = 0.3  # nats from which a change is written beside its token, for terminals without colour
 
 
 def show_token(text: str) -> str:
@@ -99,6 +100,8 @@ def continuation_panel(title: str, run: Continuation, edited: bool) -> Panel:
     body = Text()
     for token in run.tokens:
         body.append(token.text, style=heat(token.change) if edited else Style())
+        if edited and abs(token.change) >= WRITTEN:
+            body.append(f" {token.change:+.1f}", style="dim")
     if edited and run.tokens:
         mean = sum(token.change for token in run.tokens) / len(run.tokens)
         most = max(run.tokens, key=lambda token: abs(token.change))
@@ -122,7 +125,9 @@ def side_by_side(console: Console, runs: Mapping[str, Continuation]) -> None:
             grid.add_column(ratio=1)
         grid.add_row(*panels)
         console.print(grid)
-    key = Text("Δ log p, edited minus bare, in nats: ", style="dim")
+    key = Text(
+        f"Δ log p of a token, edited minus bare, in nats; written from {WRITTEN} on: ", style="dim"
+    )
     for value in (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0):
         key.append(f" {value:+.0f} ", style=heat(value))
     console.print(key)

@@ -405,13 +405,14 @@ def test_demo_on_a_local_model(local):
 
 
 def test_demo_on_what_is_bundled():
-    result = invoke("demo", "--tokens", 8)
+    result = invoke("demo")
     assert result.exit_code == 0, result.stderr
     shown = result.stdout
     assert all(word in shown for word in ("baseline", "steered", "ablated", "L0", "bit-identical"))
-    found = answer("demo", "--tokens", 8)
+    found = answer("demo")
     assert found["model"] == "bundled" and found["overhead"]["identical"] is True
-    assert found["steered"]["text"] != found["baseline"]["text"]
+    assert found["steered"]["text"] != found["baseline"]["text"] != found["ablated"]["text"]
+    assert found["steered"]["edit"]["labels"] == ["food"]
 
 
 def test_info_of_what_is_bundled():

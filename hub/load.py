@@ -38,7 +38,8 @@ def load(
         FileNotFoundError: no such folder in the source; the message lists those there are.
         huggingface_hub.errors.HfHubHTTPError: the Hub's own answers, unchanged.
 
-    >>> load("bundled", "resid_post.2")
+    >>> load("bundled", "resid_post.2").num_latents
+    1024
     """
     folder = _local(source)
     if folder is None:
@@ -58,7 +59,8 @@ def load_all(source: str | Path, pattern: str = "*", **options: Any) -> dict[str
 
     `options` are those of `load`. Raises ValueError if two SAEs read the same hookpoint.
 
-    >>> load_all("bundled", "resid_post.*")
+    >>> list(load_all("bundled", "resid_post.*"))
+    ['resid_post.0', 'resid_post.1', 'resid_post.2', 'resid_post.3']
     """
     paths = [p for p in _paths(source, options.get("revision")) if fnmatch(p, pattern)]
     if not paths:

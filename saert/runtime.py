@@ -64,7 +64,8 @@ def attach(
 
     >>> with attach(model, sae, [add(3, 8.0), ablate(5)]) as attachment:
     ...     output = model.generate(**inputs, max_new_tokens=20)
-    >>> attachment.codes["resid_post.2"]          # [batch, sequence, k]
+    >>> attachment.codes["resid_post.2"]  # [batch, sequence, k], of the latest pass
+    SparseCode(1x1 tokens, k=16, num_latents=1024)
     """
     attachment = Attachment(model, _resolve(saes, hookpoint), record, strict)
     try:

@@ -123,7 +123,8 @@ class _Generation:
         """The context of the next forward pass: `length` tokens at the end of `mask`."""
         rows = ids.shape[0]
         expansion = max(1, rows // self.rows)
-        if mask is None:  # generate drops a mask without padding
+        padded = mask is not None  # generate drops a mask without padding
+        if mask is None:
             seen = getattr(cache, "get_seq_length", None)
             total = max(length, ids.shape[1]) if seen is None else int(seen()) + length
             mask = torch.ones(rows, total, dtype=torch.long, device=ids.device)
@@ -134,7 +135,7 @@ class _Generation:
             rows,
             length,
             positions=counted[:, -length:],
-            real=mask[:, -length:].bool(),
+            real=mask[:, -length:].bool() if padded else None,
             prompt_lengths=self.prompt_lengths,
             expansion=expansion,
         )

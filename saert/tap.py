@@ -149,6 +149,7 @@ class Tap:
     def _on_hidden(self, hidden: Tensor) -> Tensor | None:
         assert self._tracker is not None
         source, self._source = self._source, None
+        self._carried = None  # a pass that broke off may have left its own
         x, y = hidden if source is None else source, hidden
         if self.write is not self.read and source is None:
             raise RuntimeError(f"{self.hookpoint} did not run before {self.sae.target_hookpoint}")
@@ -169,9 +170,8 @@ class Tap:
         if new is None:
             return None
         if self.carry is not None:
-            self._carried = new.to(accumulation_dtype(new.dtype)) - y.to(
-                accumulation_dtype(new.dtype)
-            )
+            wide = accumulation_dtype(new.dtype)
+            self._carried = new.to(wide) - y.to(wide)
         return new.reshape(hidden.shape)
 
     def _act(self, x: Tensor, y: Tensor, transcodes: bool, context: Context) -> Tensor | None:

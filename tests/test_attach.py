@@ -634,6 +634,18 @@ def test_an_exception_inside_the_forward_pass_does_not_stick():
         assert torch.equal(logits(model), before)
 
 
+def test_a_pass_that_broke_off_leaves_nothing_to_carry():
+    model = copy.deepcopy(tiny("gpt2"))
+    before = logits(model)
+    with attach(model, make_sae("resid_mid.1"), add(3, 1.0)) as attachment:
+        handle = model.transformer.h[1].mlp.register_forward_pre_hook(lambda m, a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logits(model)
+        handle.remove()
+        attachment.edits = ()
+        assert torch.equal(logits(model), before)
+
+
 # -- recording -------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Literal, SupportsIndex, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -26,6 +26,25 @@ Phase = Literal["all", "prompt", "generated"]
 Positions = int | Sequence[int] | slice | None
 Rows = int | Sequence[int] | None
 PHASES = ("all", "prompt", "generated")
+
+
+class Where(TypedDict, total=False):
+    """The keywords that every edit takes.
+
+    Attributes:
+        sae: which attached SAE, by hookpoint or object; required if more than one is attached.
+        rows: rows of the caller's batch (beams and returned sequences follow their source row).
+        positions: token positions, an int, ints or a slice; they count each row's real tokens
+            from 0, padding excluded; negative ones count from the end of the prompt.
+        phase: "prompt", "generated" (positions past the prompt) or "all".
+        when: `active(latent, above)`: only at tokens where that latent fires.
+    """
+
+    sae: SAE | Hookpoint | str | None
+    rows: Rows
+    positions: Positions
+    phase: Phase
+    when: Condition | None
 
 
 class Op(IntEnum):
@@ -99,16 +118,7 @@ class VectorEdit:
 Edit = LatentEdit | VectorEdit
 
 
-def add(
-    latent: SupportsIndex,
-    amount: float | Tensor,
-    *,
-    sae: SAE | Hookpoint | str | None = None,
-    rows: Rows = None,
-    positions: Positions = None,
-    phase: Phase = "all",
-    when: Condition | None = None,
-) -> LatentEdit:
+def add(latent: SupportsIndex, amount: float | Tensor, **where: Unpack[Where]) -> LatentEdit:
     """Steer: f' = f + amount, whether or not the latent fires. Needs no encoding.
 
     The hidden state becomes hidden + amount · W_dec[latent] (times the input transform's scale).
@@ -116,12 +126,7 @@ def add(
     Args:
         latent: index into the dictionary.
         amount: a number, or a 0-d tensor if gradients should reach it.
-        sae: which attached SAE, by hookpoint or object; required if more than one is attached.
-        rows: rows of the caller's batch (beams and returned sequences follow their source row).
-        positions: token positions, an int, ints or a slice; they count each row's real tokens
-            from 0, padding excluded; negative ones count from the end of the prompt.
-        phase: "prompt", "generated" (positions past the prompt) or "all".
-        when: `active(latent, above)`: only at tokens where that latent fires.
+        where: `sae`, `rows`, `positions`, `phase` and `when`; see `Where`.
 
     Raises:
         ValueError, TypeError: an argument that cannot be meant; named in the message.
@@ -129,82 +134,46 @@ def add(
     >>> add(3, 8.0, phase="generated")
     add([3], 8)
     """
-    select = _selection(sae, rows, positions, phase, when)
-    return LatentEdit((_latent(latent),), Op.ADD, _amount(amount), select)
+    return LatentEdit((_latent(latent),), Op.ADD, _amount(amount), _selection(where))
 
 
-def clamp(
-    latent: SupportsIndex,
-    value: float | Tensor,
-    *,
-    sae: SAE | Hookpoint | str | None = None,
-    rows: Rows = None,
-    positions: Positions = None,
-    phase: Phase = "all",
-    when: Condition | None = None,
-) -> LatentEdit:
+def clamp(latent: SupportsIndex, value: float | Tensor, **where: Unpack[Where]) -> LatentEdit:
     """Set a latent: f' = value, whatever it was. Keywords as for `add`.
 
     >>> clamp(3, 5.0, positions=-1)
     set([3], 5)
     """
-    select = _selection(sae, rows, positions, phase, when)
-    return LatentEdit((_latent(latent),), Op.SET, _amount(value), select)
+    return LatentEdit((_latent(latent),), Op.SET, _amount(value), _selection(where))
 
 
-def scale(
-    latent: SupportsIndex,
-    factor: float | Tensor,
-    *,
-    sae: SAE | Hookpoint | str | None = None,
-    rows: Rows = None,
-    positions: Positions = None,
-    phase: Phase = "all",
-    when: Condition | None = None,
-) -> LatentEdit:
+def scale(latent: SupportsIndex, factor: float | Tensor, **where: Unpack[Where]) -> LatentEdit:
     """Multiply a latent: f' = factor · f; nothing where it does not fire. Keywords as for `add`.
 
     >>> scale(3, 2.0, when=active(7))
     scale([3], 2)
     """
-    select = _selection(sae, rows, positions, phase, when)
-    return LatentEdit((_latent(latent),), Op.SCALE, _amount(factor), select)
+    return LatentEdit((_latent(latent),), Op.SCALE, _amount(factor), _selection(where))
 
 
 def ablate(
     latents: SupportsIndex | Iterable[SupportsIndex],
     to: float | Tensor = 0.0,
-    *,
-    sae: SAE | Hookpoint | str | None = None,
-    rows: Rows = None,
-    positions: Positions = None,
-    phase: Phase = "all",
-    when: Condition | None = None,
+    **where: Unpack[Where],
 ) -> LatentEdit:
     """Silence latents: f' = to (0, or for example their mean). Keywords as for `add`.
 
     >>> ablate([3, 9], rows=0)
     set([3, 9], 0)
     """
-    select = _selection(sae, rows, positions, phase, when)
     chosen = tuple(_latent(latent) for latent in _each(latents))
     if not chosen:
         raise ValueError("ablate: no latents given")
     if len(set(chosen)) < len(chosen):
         raise ValueError("ablate: a latent is listed twice")
-    return LatentEdit(chosen, Op.SET, _amount(to), select)
+    return LatentEdit(chosen, Op.SET, _amount(to), _selection(where))
 
 
-def add_vector(
-    vector: Tensor,
-    amount: float | Tensor = 1.0,
-    *,
-    sae: SAE | Hookpoint | str | None = None,
-    rows: Rows = None,
-    positions: Positions = None,
-    phase: Phase = "all",
-    when: Condition | None = None,
-) -> VectorEdit:
+def add_vector(vector: Tensor, amount: float | Tensor = 1.0, **where: Unpack[Where]) -> VectorEdit:
     """Add `amount · vector` to the hidden state where the SAE writes. Keywords as for `add`.
 
     `vector` is [d_out] in the model's own units: no input transform scales it.
@@ -217,7 +186,7 @@ def add_vector(
         raise ValueError(f"add_vector: found {found}, expected a tensor [d_out]")
     if not vector.isfinite().all():
         raise ValueError("add_vector: the vector contains NaN or inf")
-    return VectorEdit(vector, _amount(amount), _selection(sae, rows, positions, phase, when))
+    return VectorEdit(vector, _amount(amount), _selection(where))
 
 
 def active(latent: SupportsIndex, above: float = 0.0) -> Condition:
@@ -247,13 +216,12 @@ def apply(edits: Sequence[LatentEdit], code: SparseCode) -> SparseCode:
     return SparseCode.from_dense(after)
 
 
-def _selection(
-    sae: SAE | Hookpoint | str | None,
-    rows: Rows,
-    positions: Positions,
-    phase: Phase,
-    when: Condition | None,
-) -> Selection:
+def _selection(where: Where) -> Selection:
+    if unknown := sorted(set(where) - set(Where.__annotations__)):
+        raise TypeError(
+            f"unknown keyword {unknown[0]!r}; expected {', '.join(Where.__annotations__)}"
+        )
+    sae, when, phase = where.get("sae"), where.get("when"), where.get("phase", "all")
     if phase not in PHASES:
         raise ValueError(f"phase: found {phase!r}, expected one of {', '.join(map(repr, PHASES))}")
     if when is not None and not isinstance(when, Condition):
@@ -262,18 +230,22 @@ def _selection(
         sae = Hookpoint.parse(sae)
     elif sae is not None and not isinstance(sae, Hookpoint | torch.nn.Module):
         raise TypeError(f"sae: found {type(sae).__name__}, expected a hookpoint or an attached SAE")
+    rows = where.get("rows")
     chosen_rows = None if rows is None else _ints("rows", rows)
     if chosen_rows is not None and min(chosen_rows) < 0:
         raise ValueError(f"rows: found {min(chosen_rows)}; rows count from 0")
-    if isinstance(positions, slice):
-        for end in (positions.start, positions.stop, positions.step):
-            if end is not None and not isinstance(end, int):
-                raise TypeError(f"positions: found {positions!r}, expected a slice of ints")
-        if positions.step is not None and positions.step < 1:
-            raise ValueError(f"positions: the step is {positions.step}, expected at least 1")
-        return Selection(sae, chosen_rows, positions, phase, when)
-    chosen = None if positions is None else _ints("positions", positions)
-    return Selection(sae, chosen_rows, chosen, phase, when)
+    return Selection(sae, chosen_rows, _positions(where.get("positions")), phase, when)
+
+
+def _positions(positions: Positions) -> tuple[int, ...] | slice | None:
+    if not isinstance(positions, slice):
+        return None if positions is None else _ints("positions", positions)
+    for end in (positions.start, positions.stop, positions.step):
+        if end is not None and not isinstance(end, int):
+            raise TypeError(f"positions: found {positions!r}, expected a slice of ints")
+    if positions.step is not None and positions.step < 1:
+        raise ValueError(f"positions: the step is {positions.step}, expected at least 1")
+    return positions
 
 
 def _ints(name: str, value: SupportsIndex | Iterable[SupportsIndex]) -> tuple[int, ...]:

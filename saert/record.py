@@ -15,6 +15,8 @@ from saert.hookpoint import Hookpoint
 from saert.sae import SAE
 from saert.sparse import SparseCode
 
+_EVENTS = 256  # CUDA timings in flight before finished ones are summed up
+
 
 @dataclass(frozen=True)
 class SAEReport:
@@ -106,17 +108,21 @@ class Recorder:
             yield
             end.record()
             self._events.append((start, end))
+            while len(self._events) > _EVENTS and self._events[0][1].query():
+                self._settle(*self._events.pop(0))
             return
         begun = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - begun
 
+    def _settle(self, start: Any, end: Any) -> None:
+        end.synchronize()
+        self._seconds += start.elapsed_time(end) / 1000
+
     def report(self) -> SAEReport:
         """The statistics so far."""
-        for start, end in self._events:
-            end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1000
-        self._events.clear()
+        while self._events:
+            self._settle(*self._events.pop(0))
         if not self._sums:
             return SAEReport(0, None, None, self._seconds * 1000)
         tokens, l0, error, power = self._sums["scalars"].tolist()
@@ -161,7 +167,8 @@ class Codes(Mapping[str, SparseCode]):
         except ValueError as error:
             raise KeyError(str(error)) from None
         if len(found) > 1:
-            raise KeyError(f"{len(found)} SAEs are attached at {key}: ask with codes[sae]")
+            how = "codes[hookpoint]" if isinstance(key, SAE) else "codes[sae]"
+            raise KeyError(f"{len(found)} attached SAEs are meant: ask with {how}")
         code = found[0].code()
         if code is None:
             raise KeyError(f"no code recorded at {key}: no forward pass yet, or record=False")

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from saert.compat import check_model
-from saert.context import Tracker, no_copy
 from saert.edits import Edit, LatentEdit, VectorEdit
 from saert.hookpoint import Hookpoint, HookpointError, Location
 from saert.record import Codes, SAEReport
 from saert.sae import SAE
 from saert.tap import Record, Tap
+from saert.tracker import Tracker, no_copy
 
 Source = SAE | str
 _loader: Callable[[str], SAE] | None = None
@@ -104,7 +104,7 @@ class Attachment:
     # -- life ----------------------------------------------------------------------------------
 
     def _go_live(self) -> None:
-        tracker = Tracker.of(self._model, self, self._batching_refusal)
+        tracker = Tracker.of(self._model, self)
         self._tracker = tracker
         for tap in self._taps:
             tap.go_live(tracker)
@@ -210,9 +210,8 @@ class Attachment:
             )
         found = self._named(which, repr(one))
         if len(found) > 1:
-            raise ValueError(
-                f"{one!r}: {len(found)} SAEs are attached at {which}; pass the SAE itself as sae="
-            )
+            how = "name the hookpoint" if isinstance(which, SAE) else "pass the SAE itself"
+            raise ValueError(f"{one!r}: sae= means {len(found)} attached SAEs; {how} instead")
         return found[0]
 
     def _named(self, which: SAE | Hookpoint | str, who: str) -> list[Tap]:
@@ -231,13 +230,23 @@ class Attachment:
             raise ValueError(f"{who}: {what} is not attached; attached: {places}")
         return found
 
-    def _batching_refusal(self) -> str | None:
+    def refuse_batching(self) -> str | None:
+        """Which edit `generate_batch` could not honour, if any."""
         for one in self._edits:
             if one.select.rows is not None:
                 return f"{one!r} selects rows"
             if one.select.needs_prompt:
                 return f"{one!r} needs to know where each prompt ends"
         return None
+
+    def refuse_embeds(self) -> None:
+        """Raise if an SAE sits on the token embedding, which a call with embeddings never runs."""
+        for tap in self._taps:
+            if isinstance(tap.read.module, nn.Embedding):
+                raise ValueError(
+                    f"{tap.hookpoint}: the model was called with inputs_embeds, so its token "
+                    "embedding never runs; attach at resid_pre.0, or call it with input_ids"
+                )
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise no_copy()

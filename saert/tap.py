@@ -7,19 +7,21 @@ to be carried to (`resid_mid`, which a block also keeps in a local variable).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from saert.context import Context, Tracker, no_copy
+from saert.context import Context
 from saert.edits import Edit, LatentEdit, VectorEdit
 from saert.hookpoint import Hookpoint, Location
 from saert.kernels.encode import accumulation_dtype
 from saert.plan import EditPlan, compile_plan, edit
 from saert.record import Recorder
 from saert.sae import SAE
+from saert.tracker import Tracker, no_copy
 
 Record = Literal[False, "last", "all"]
 
@@ -31,6 +33,12 @@ class Tap:
         self.hookpoint, self.sae = at, sae
         self.read = at.resolve(model)
         target = sae.target_hookpoint
+        own = at if target is None or sae.hookpoint is None else sae.hookpoint
+        if own != at and own.resolve(model) != self.read:
+            raise ValueError(
+                f"a transcoder from {sae.hookpoint} to {target} cannot read at {at}: it would "
+                f"still write at {target}; make one with SAE.from_weights for another layer"
+            )
         self.write = self.read if target is None else target.resolve(model)
         _check_width(self.read, sae.d_in, at, "reads")
         _check_width(self.write, sae.d_out, target or at, "writes")
@@ -41,7 +49,7 @@ class Tap:
         self.record = record is not False
         self.splice = False
         self._edits: list[Edit] = []
-        self._plan, self._planned_on = EditPlan(), sae.device
+        self._plan, self._planned_for = EditPlan(), (sae.device, sae.dtype)
         self._tracker: Tracker | None = None
         self._handles: list[Any] = []
         self._source: Tensor | None = None
@@ -77,8 +85,9 @@ class Tap:
         self._plan = self._compile()
 
     def _compile(self) -> EditPlan:
-        self._planned_on = self.sae.device
-        return compile_plan(self._latent_edits, self._vector_edits, self.sae)
+        self._planned_for = (self.sae.device, self.sae.dtype)
+        with _outside_inference_mode():
+            return compile_plan(self._latent_edits, self._vector_edits, self.sae)
 
     def _plan_for(self, context: Context, device: torch.device) -> EditPlan:
         plan = self._compile() if self._live else self._plan
@@ -153,11 +162,13 @@ class Tap:
         x, y = hidden if source is None else source, hidden
         if self.write is not self.read and source is None:
             raise RuntimeError(f"{self.hookpoint} did not run before {self.sae.target_hookpoint}")
-        context = _context(self._tracker.context, y)
+        tracker = self._tracker
+        context = _context(tracker.trained if _recomputing() else tracker.context, y)
         self._check_hidden(x, context)
         if self.sae.device != x.device:
-            self.sae.to(x.device)
-        if self._planned_on != x.device:
+            with _outside_inference_mode():
+                self.sae.to(x.device)
+        if self._planned_for != (self.sae.device, self.sae.dtype):
             self._plan = self._compile()
         if context.rows * context.length != y.numel() // y.shape[-1]:
             raise RuntimeError(
@@ -210,7 +221,7 @@ class Tap:
             row, column = (int(i) for i in bad.nonzero()[0])
             raise ValueError(
                 f"{self.hookpoint}: the hidden state contains NaN or inf, first in row {row} at "
-                f"column {column}; the model itself produced it (overflow in half precision?)"
+                f"column {column}; the model, or an edit before this hookpoint, made it (overflow?)"
             )
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -271,13 +282,21 @@ def _check_width(location: Location, width: int, at: Hookpoint, verb: str) -> No
 def _context(context: Context | None, hidden: Tensor) -> Context:
     """The pass's context if it describes this tensor, else what its shape alone says."""
     tokens = hidden.shape[:-1]
-    if context is not None and tokens.numel() == context.rows * context.length:
+    if context is None:
+        return Context.of_shape(hidden)
+    if tokens.numel() == context.rows * context.length:
         return context
-    if len(tokens) == 2:
-        rows, length = tokens
-        steps = torch.arange(length, device=hidden.device).expand(rows, length)
-        return Context(rows, length, positions=steps if context is None else None)
-    return Context(1, tokens.numel(), packed=True)
+    if len(tokens) == 2 and tokens[0] == context.rows and tokens[1] < context.length:
+        return context.last(tokens[1])  # logits_to_keep
+    why = f"the hidden state is {list(hidden.shape)}, not of {context.rows}x{context.length} tokens"
+    return Context(1, tokens.numel(), expansion=None, why=why)
+
+
+def _outside_inference_mode() -> contextlib.AbstractContextManager[object]:
+    """Tensors that outlive the pass must not be inference tensors: training may come after it."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
 
 
 def _recomputing() -> bool:

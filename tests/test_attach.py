@@ -786,3 +786,83 @@ def test_a_closed_attachment_says_so_but_its_records_can_be_read():
         attachment.splice = True
     with pytest.raises(RuntimeError, match="call attach again"), attachment:
         pass
+
+
+# -- what reviewers broke --------------------------------------------------------------------------
+
+
+def test_checkpointing_recomputes_with_the_pass_that_had_gradients():
+    model = copy.deepcopy(tiny("llama")).train()
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+    def gradients(between):
+        model.zero_grad()
+        with attach(model, make_sae("mlp_in.1"), clamp(3, 5.0, positions=0)):
+            loss = model(IDS, attention_mask=mask, use_cache=False).logits.square().mean()
+            if between:
+                logits(model, ids=IDS.flip(0))
+            loss.backward()
+        return [p.grad.clone() for p in model.model.layers[0].parameters()]
+
+    expected = gradients(False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for plain, checkpointed in zip(expected, gradients(True), strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_an_sae_on_the_embedding_refuses_calls_that_skip_it():
+    model = tiny("gpt2")
+    embeds = model.transformer.wte(IDS).detach()
+    with attach(model, make_sae("embed"), add(3, 5.0)):
+        logits(model)
+        with pytest.raises(ValueError, match="attach at resid_pre.0"):
+            model(inputs_embeds=embeds)
+    with attach(model, make_sae("resid_pre.0"), add(3, 5.0)):
+        model(inputs_embeds=embeds)
+
+
+def test_a_transcoder_is_not_half_moved_to_another_layer():
+    model, coder = tiny("gpt2"), make_sae("mlp_in.1", target_hookpoint="mlp_out.1")
+    for moved in ({"hookpoint": "mlp_in.0"}, {}):
+        with pytest.raises(ValueError, match="still write at mlp_out.1"):
+            attach(model, coder if moved else {"mlp_in.0": coder}, **moved)
+    attach(model, coder, hookpoint="transformer.h.1.mlp:in").detach()
+
+
+def test_a_model_nobody_refers_to_goes_although_it_is_attached():
+    import gc
+    import weakref
+
+    model = copy.deepcopy(tiny("gpt2"))
+    attachment, gone = attach(model, make_sae(), add(3, 1.0)), weakref.ref(model)
+    logits(model)
+    del model, attachment
+    gc.collect()
+    assert gone() is None
+
+
+def test_edits_made_in_inference_mode_can_be_trained_through():
+    model, sae = copy.deepcopy(tiny("gpt2")), make_sae()
+    with attach(model, sae) as attachment:
+        with torch.inference_mode():
+            attachment.edits = [clamp(3, 2.0), scale(4, 2.0)]
+            logits(model)
+        model(IDS, labels=IDS).loss.backward()
+    assert model.transformer.h[0].mlp.c_fc.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_sae_may_change_dtype_while_attached(dtype):
+    model, sae = tiny("gpt2"), make_sae()
+    with attach(model, sae, [clamp(3, 2.0), scale(4, 2.0), clamp(4, 1.0)]):
+        expected = logits(model)
+        sae.to(dtype)
+        torch.testing.assert_close(logits(model), expected, atol=0.1, rtol=0.1)
+
+
+def test_someone_elses_generate_survives_detach():
+    model = copy.deepcopy(tiny("gpt2"))
+    attachment = attach(model, make_sae())
+    model.generate = mine = lambda *args, **kwargs: "mine"
+    attachment.detach()
+    assert model.generate is mine

@@ -456,3 +456,177 @@ def test_a_plain_pass_is_all_prompt():
     model, sae = tiny("gpt2"), make_sae()
     assert moved(model, sae, add(3, 1.0, phase="prompt")).all()
     assert not moved(model, sae, add(3, 1.0, phase="generated")).any()
+
+
+# -- passes that end badly, and calls that generate does not prepare -------------------------------
+
+
+def test_an_interrupted_pass_is_forgotten():
+    """PyTorch runs no hooks on KeyboardInterrupt, so nothing says that the pass is over."""
+    model, sae = copy.deepcopy(tiny("llama")), make_sae()
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    with attach(model, sae, add(3, 1.0, positions=0)) as attachment:
+        expected = logits(model, attention_mask=mask)
+        for broken in (lambda: logits(model), lambda: greedy(model)):
+            handle = model.model.layers[2].register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                broken()
+            handle.remove()
+            assert torch.equal(logits(model, attention_mask=mask), expected)
+        assert attachment.codes["resid_post.1"].l0()[0, :3].sum() == 0
+        assert torch.equal(in_thread(lambda: logits(model, attention_mask=mask)), expected)
+
+
+def test_a_second_thread_that_keeps_trying_never_gets_in():
+    model, sae = copy.deepcopy(tiny("gpt2")), make_sae()
+    inside, go, first = threading.Event(), threading.Event(), []
+
+    def wait(module, args):
+        inside.set()
+        go.wait(30)
+
+    with attach(model, sae, add(3, 1.0)):
+        expected = logits(model)
+        handle = model.transformer.h[0].register_forward_pre_hook(wait)
+        thread = threading.Thread(target=lambda: first.append(logits(model)))
+        thread.start()
+        assert inside.wait(30)
+        handle.remove()
+        for _ in range(5):
+            with pytest.raises(RuntimeError, match="two threads are inside"):
+                logits(model, ids=IDS[:1, :3])
+        go.set()
+        thread.join(30)
+        assert torch.equal(first[0], expected)
+
+
+def test_guidance_passes_select_the_same_rows():
+    model, sae = tiny("gpt2"), make_sae()
+    options = {"do_sample": True, "num_return_sequences": 2, "guidance_scale": 1.5}
+    clean, dirty, block = [], [], model.transformer.h[1]
+    first = block.register_forward_hook(lambda m, a, out: clean.append(out))
+    with attach(model, sae, add(3, 1.0, rows=1)):
+        first.remove()
+        first = block.register_forward_hook(lambda m, a, out: clean.append(out), prepend=True)
+        last = block.register_forward_hook(lambda m, a, out: dirty.append(out))
+        greedy(model, tokens=3, **options)
+        first.remove()
+        last.remove()
+    pairs = [(_first(a), _first(b)) for a, b in zip(clean, dirty, strict=True)]
+    assert len(pairs) == 6  # a conditional and an unconditional pass for each token
+    for before, after in pairs:
+        assert (before != after).any(-1).any(-1).tolist() == [False, False, True, True]
+
+
+def _first(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+def test_a_head_that_sees_only_the_last_token_follows_rows_and_positions():
+    model, sae = tiny("llama"), make_sae("lm_head:in")
+    edits = [add(3, 5.0, rows=1), add(4, 5.0, positions=-1)]
+    with attach(model, sae, edits):
+        both = greedy(model, num_beams=2)
+    with attach(model, sae, [edits[1]]):
+        alone = greedy(model, num_beams=2)
+    assert torch.equal(both[0], alone[0])
+
+
+def test_rows_under_a_bare_backbone_inside_generate_are_refused():
+    model, sae = tiny("llama"), make_sae()
+    with (
+        attach(model.model, sae, add(3, 1.0, rows=1)),
+        pytest.raises(ValueError, match="attach to the model whose generate is called"),
+    ):
+        greedy(model, num_beams=2)
+
+
+def test_rows_that_have_ended_are_padding():
+    """transformers pads them and leaves their mask at 1."""
+    from transformers import LogitsProcessor
+
+    class Scripted(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            ends = input_ids.shape[1] == IDS.shape[1] + 1  # row 0, with its second token
+            chosen = torch.tensor([[2 if ends else 10], [11]])
+            return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+    model, sae = tiny("gpt2"), make_sae()
+    with attach(model, sae, record="all") as attachment:
+        new = greedy(model, eos_token_id=2, logits_processor=[Scripted()])
+    assert new[:, 7:].tolist() == [[10, 2, 0, 0, 0, 0], [11] * 6]
+    active = attachment.codes["resid_post.1"].l0() > 0
+    assert active.int().tolist() == [[1] * 9 + [0] * 3, [1] * 12]
+    assert attachment.report()["resid_post.1"].tokens == 9 + 12
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_a_cache_keeps_its_prompt_however_the_output_is_returned(return_dict):
+    from transformers import DynamicCache
+
+    model, sae = tiny("gpt2"), make_sae()
+    with attach(model, sae, add(3, 4.0, phase="generated")):
+        expected = greedy(model)
+        ids, cache, step = IDS, DynamicCache(), IDS
+        for _ in range(6):
+            out = model(step, past_key_values=cache, use_cache=True, return_dict=return_dict)
+            step = out[0][:, -1:].argmax(-1)
+            ids = torch.cat([ids, step], -1)
+    assert torch.equal(ids, expected)
+
+
+def test_a_cache_that_was_reset_starts_a_new_prompt():
+    from transformers import StaticCache
+
+    model, sae = tiny("llama"), make_sae()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with attach(model, sae, add(3, 4.0, phase="generated")):
+        expected = logits(model, ids=LONG)
+        logits(model, ids=IDS, past_key_values=cache)
+        cache.reset()
+        found = logits(model, ids=LONG, past_key_values=cache)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_cache_that_cannot_be_noted_or_counted_does_not_break_the_pass():
+    model, sae = tiny("mamba"), make_sae()
+    with attach(model, sae) as attachment:
+        out = model(IDS, use_cache=True)
+        model(IDS[:, :1], cache_params=out.cache_params, use_cache=True)
+        attachment.edits = add(3, 1.0, positions=2)
+        with pytest.raises(ValueError, match="does not count the tokens"):
+            model(IDS[:, :1], cache_params=out.cache_params, use_cache=True)
+
+
+def test_a_nested_generation_of_another_prompt_has_its_own_prompt():
+    from transformers import LogitsProcessor
+
+    model, sae, found = tiny("gpt2"), make_sae(), []
+    with attach(model, sae, add(3, 6.0, phase="generated")):
+        alone = greedy(model, LONG)
+
+        class Nested(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                if not found:
+                    found.append(None)
+                    found.append(greedy(model, LONG))
+                return scores
+
+        greedy(model, logits_processor=[Nested()])
+    assert torch.equal(found[1], alone)
+
+
+def test_broadcast_masks_count_every_row_and_masks_of_other_shapes_are_not_guessed():
+    model, sae = tiny("llama"), make_sae()
+    with attach(model, sae) as attachment:
+        logits(model, attention_mask=torch.ones(1, 7, dtype=torch.long))
+        assert attachment.report()["resid_post.1"].tokens == 14
+        full = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+        logits(model, attention_mask=full)
+        attachment.edits = add(3, 1.0, positions=0)
+        with pytest.raises(ValueError, match="attention mask is not"):
+            logits(model, attention_mask=full)

@@ -1,4 +1,4 @@
-"""The runtime on a CUDA device: the SAE follows the hidden state, and numbers agree with the CPU."""
+"""The runtime on a CUDA device: the SAE follows the hidden state; numbers agree with the CPU."""
 
 import copy
 

@@ -15,6 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from saert.kernels import dispatch
+from saert.kernels.encode import Encoded, encode_threshold, encode_topk
+from saert.kernels.linear import linear_scores
+from saert.kernels.numerics import accumulation_dtype
+from saert.kernels.select import topk_rows
 from saert.sparse import SparseCode
 
 
@@ -31,6 +36,29 @@ class Activation(nn.Module):
     def encode(self, pre: Tensor, weight: Tensor | None = None) -> SparseCode:
         """The activations as a SparseCode; k is the widest token's count."""
         return SparseCode.from_dense(self(pre, weight))
+
+    def encode_input(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor | None,
+        b_dec: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Encoded:
+        """`encode` of the pre-activations of x [*tokens, d_in], which never exist all at once."""
+        wide = accumulation_dtype(W_enc.dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(wide)
+        flat = flat if b_dec is None else flat - b_dec.to(wide)
+        codes, nan = [], []
+        for part in flat.split(dispatch.tokens_per_chunk(W_enc.shape[0], wide)):
+            pre = linear_scores(part, W_enc, b_enc)
+            codes.append(self.encode(pre, weight))
+            nan.append(pre.isnan().any(-1))
+        code, tokens = SparseCode.cat(codes, dim=0), x.shape[:-1]
+        shape = (*tokens, code.k)
+        return Encoded(
+            code.indices.view(shape), code.values.view(shape), torch.cat(nan).view(tokens)
+        )
 
     def at(self, pre: Tensor, latents: Tensor | None, weight: Tensor | None = None) -> Tensor:
         """Activations of `latents` (int64 [..., E]; None: all) from their pre-activations.
@@ -75,12 +103,22 @@ class TopK(Activation):
         return self.encode(pre, weight).to_dense()
 
     def encode(self, pre: Tensor, weight: Tensor | None = None) -> SparseCode:
-        if weight is None:
-            kept, indices = pre.topk(self.k, dim=-1)
-        else:
-            indices = (pre.relu() * weight).topk(self.k, dim=-1).indices
-            kept = pre.gather(-1, indices)
-        return SparseCode(indices, kept.relu(), pre.shape[-1])
+        ranks = pre.detach() if weight is None else pre.detach().relu() * weight.detach()
+        best, indices = topk_rows(ranks.reshape(-1, ranks.shape[-1]), self.k)
+        shape = (*pre.shape[:-1], self.k)
+        unused, indices = (best <= 0).view(shape), indices.view(shape)  # NaN is kept, to be seen
+        values = pre.gather(-1, indices).masked_fill(unused, 0)
+        return SparseCode(indices.masked_fill(unused, 0), values, pre.shape[-1])
+
+    def encode_input(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor | None,
+        b_dec: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Encoded:
+        return encode_topk(x, W_enc, b_enc, self.k, b_dec=b_dec, weight=weight)
 
     def check(self, num_latents: int) -> None:
         if self.k > num_latents:
@@ -95,6 +133,16 @@ class ReLU(Activation):
 
     def at(self, pre: Tensor, latents: Tensor | None, weight: Tensor | None = None) -> Tensor:
         return pre.relu()
+
+    def encode_input(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor | None,
+        b_dec: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Encoded:
+        return encode_threshold(x, W_enc, b_enc, 0.0, b_dec=b_dec)
 
 
 class JumpReLU(Activation):
@@ -120,6 +168,16 @@ class JumpReLU(Activation):
         threshold = _take(self.threshold, latents).to(pre.dtype)
         score = pre if weight is None else pre * weight
         return pre.relu() * (score > threshold)
+
+    def encode_input(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor | None,
+        b_dec: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Encoded:
+        return encode_threshold(x, W_enc, b_enc, self.threshold, b_dec=b_dec, weight=weight)
 
 
 class BatchTopK(JumpReLU):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from saert.edits import LatentEdit, Op, VectorEdit
-from saert.kernels.encode import no_autocast
+from saert.kernels.decode import sparse_decode
+from saert.kernels.numerics import no_autocast
 from saert.sae import SAE
 from saert.sparse import SparseCode
 
@@ -157,8 +158,11 @@ def edit(
         if splice:
             out = sae(x) if code is None else sae.decode(code, x)
         if plan.slots is not None:
-            change = _write(_differences(x, sae, plan, code), plan.slots, sae)
-            out = out + sae.rescale(change, x)
+            difference = sae.rescale(_differences(x, sae, plan, code), x)
+            latents = plan.slots.latents
+            if latents.dim() > 1:
+                latents = latents.expand(difference.shape)
+            out = sparse_decode(latents, difference, sae.W_dec, base=out)
         if plan.vectors is not None:
             out = out + _vector_sum(x, sae, plan, code)
         return out.to(hidden.dtype)
@@ -187,14 +191,6 @@ def _differences(x: Tensor, sae: SAE, plan: EditPlan, code: SparseCode | None) -
         change = torch.where(acts, new - so_far, torch.zeros_like(new))
         difference = difference.scatter_add(-1, owner, change)
     return difference
-
-
-def _write(difference: Tensor, slots: Slots, sae: SAE) -> Tensor:
-    """Σ_e difference[e] · W_dec[latents[e]]: [*tokens, E] -> [*tokens, d_out]."""
-    rows = sae.W_dec[slots.latents].to(difference.dtype)  # [E, d_out] or [*, E, d_out]
-    if rows.dim() == 2:
-        return difference @ rows
-    return (difference.unsqueeze(-1) * rows).sum(-2)
 
 
 def _vector_sum(x: Tensor, sae: SAE, plan: EditPlan, code: SparseCode | None) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from saert.activations import Activation, Gated
 from saert.hookpoint import Hookpoint
 from saert.kernels.decode import sparse_decode
-from saert.kernels.encode import accumulation_dtype, linear_scores, no_autocast
+from saert.kernels.linear import linear_scores
+from saert.kernels.numerics import accumulation_dtype, no_autocast
 from saert.sparse import SparseCode
 from saert.transforms import DatasetScale, InputTransform, NoTransform, Transformed
 
@@ -199,9 +200,27 @@ class SAE(nn.Module):
         return scores if bias is None else scores + bias.to(x.dtype)
 
     def encode(self, x: Tensor) -> SparseCode:
-        """x [*tokens, d_in] -> the sparse code, in float32 (float64 for float64 weights)."""
+        """x [*tokens, d_in] -> the sparse code, in float32 (float64 for float64 weights).
+
+        Raises ValueError if a score is NaN: its token would have no meaningful selection. Inside a
+        compiled or captured graph, where nothing can be raised, NaN goes unreported.
+        """
         self._check_width(x)
-        return self.activation.encode(self._scores(self.transform(x).x), self._selection_weight())
+        found = self.activation.encode_input(
+            self.transform(x).x,
+            self.W_enc,
+            self.b_enc,
+            self.b_dec if self.subtract_b_dec else None,
+            self._selection_weight(),
+        )
+        if _inspectable(found.nan) and found.nan.any():
+            bad = found.nan.nonzero()
+            raise ValueError(
+                f"SAE{self._where()}: the scores of {len(bad)} of {found.nan.numel()} tokens are "
+                f"NaN, first at token {bad[0].tolist()}; the input or the weights contain NaN or "
+                "inf, or the product overflows"
+            )
+        return SparseCode(found.indices, found.values, self.num_latents)
 
     def activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """Dense activations [*tokens, num_latents], or [*tokens, E] of the given latents.
@@ -210,6 +229,8 @@ class SAE(nn.Module):
         """
         weight = self._selection_weight()
         if latents is None:
+            if not self.activation.per_latent:
+                return self.encode(x).to_dense()
             dense: Tensor = self.activation(self.pre_activations(x), weight)
             return dense
         if not self.activation.per_latent:
@@ -226,7 +247,7 @@ class SAE(nn.Module):
             x: the input that the code came from, [*tokens, d_in]. Needed only where scaling back
                 or a skip path reads it; ValueError says so if it is missing.
         """
-        y = sparse_decode(code.indices, code.values, self.W_dec)
+        y = sparse_decode(code.indices, code.values, self.W_dec, self.b_dec)
         return self._restore(y, x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -235,7 +256,9 @@ class SAE(nn.Module):
             # a sparse code of data-dependent width would break the graph
             with no_autocast(x):
                 wide = accumulation_dtype(self.dtype)
-                return self._restore(self.activations(x) @ self.W_dec.to(wide), x)
+                y = self.activations(x) @ self.W_dec.to(wide)
+                y = y if self.b_dec is None else y + self.b_dec.to(wide)
+                return self._restore(y, x)
         return self.decode(self.encode(x), x)
 
     def rescale(self, difference: Tensor, x: Tensor) -> Tensor:
@@ -243,8 +266,6 @@ class SAE(nn.Module):
         return difference if self.is_transcoder else self.transform(x).rescale(difference)
 
     def _restore(self, y: Tensor, x: Tensor | None) -> Tensor:
-        if self.b_dec is not None:
-            y = y + self.b_dec.to(y.dtype)
         if not self.is_transcoder:  # a transcoder's target was never transformed
             if isinstance(self.input_transform, DatasetScale):
                 y = self.input_transform.restore_without_input(y)
@@ -299,6 +320,13 @@ class SAE(nn.Module):
         size = f"d_in={self.d_in}, num_latents={self.num_latents}"
         size += f", d_out={self.d_out}" if self.is_transcoder else ""
         return f"{self.hookpoint}{arrow}, {size}, {self.dtype}"
+
+
+def _inspectable(flag: Tensor) -> bool:
+    """Whether a flag has a value that Python may look at: not while a graph is being recorded."""
+    if torch.compiler.is_compiling() or type(flag) is not Tensor:  # a FakeTensor is a subclass
+        return False
+    return not (flag.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _given(x: Tensor | None, who: str) -> Tensor:

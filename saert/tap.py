@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from saert.context import Context
 from saert.edits import Edit, LatentEdit, VectorEdit
 from saert.hookpoint import Hookpoint, Location
-from saert.kernels.encode import accumulation_dtype
+from saert.kernels.numerics import accumulation_dtype
 from saert.plan import EditPlan, compile_plan, edit
 from saert.record import Recorder
 from saert.sae import SAE
@@ -164,7 +164,7 @@ class Tap:
             raise RuntimeError(f"{self.hookpoint} did not run before {self.sae.target_hookpoint}")
         tracker = self._tracker
         context = _context(tracker.trained if _recomputing() else tracker.context, y)
-        self._check_hidden(x, context)
+        x = self._checked(x, context)
         if self.sae.device != x.device:
             with _outside_inference_mode():
                 self.sae.to(x.device)
@@ -207,14 +207,15 @@ class Tap:
         source = x if transcodes else None
         return edit(y, self.sae, plan, source=source, code=code, splice=self.splice)
 
-    def _check_hidden(self, x: Tensor, context: Context) -> None:
+    def _checked(self, x: Tensor, context: Context) -> Tensor:
+        """x, with zeros where padding holds NaN or inf; ValueError for those at a real token."""
         if x.shape[-1] != self.sae.d_in:
             raise ValueError(
                 f"{self.hookpoint}: the hidden state is {list(x.shape)}, but the SAE reads width "
                 f"{self.sae.d_in}"
             )
         if torch.compiler.is_compiling() or bool(x.isfinite().all()):
-            return
+            return x
         finite = x.isfinite().all(-1).reshape(context.rows, context.length)
         bad = ~finite if context.real is None else ~finite & context.real.to(x.device)
         if bad.any():  # padding may hold anything: nothing reads it
@@ -223,6 +224,7 @@ class Tap:
                 f"{self.hookpoint}: the hidden state contains NaN or inf, first in row {row} at "
                 f"column {column}; the model, or an edit before this hookpoint, made it (overflow?)"
             )
+        return x.where(x.isfinite(), 0)
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise no_copy()

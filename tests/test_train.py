@@ -136,12 +136,10 @@ def test_loss_is_the_plain_formula():
 
 def test_aux_gradient_reaches_the_encoder_of_dead_latents_only():
     sae, x = an_sae(), torch.randn(50, 8)
-    scores = sae.pre_activations(x)
-    code = sae.activation.encode(scores)
     dead = torch.zeros(24, dtype=torch.bool)
     dead[[2, 3]] = True
-    residual = (x - sae.decode(code, x)).detach()
-    aux_loss(sae.W_dec, scores, residual, dead, k_aux=2).backward()
+    residual = (x - sae(x)).detach()
+    aux_loss(sae, x, residual, dead, k_aux=2).backward()
     moved = sae.W_enc.grad.abs().sum(-1) > 0
     assert moved[dead].all() and not moved[~dead].any()
 
@@ -156,7 +154,9 @@ def test_aux_is_zero_when_no_latent_is_dead():
 def test_a_perfect_reconstruction_leaves_a_finite_aux_loss():
     residual = torch.zeros(5, 8)
     dead = torch.ones(24, dtype=torch.bool)
-    aux = aux_loss(an_sae().W_dec, -torch.ones(5, 24), residual, dead, k_aux=2)
+    sae = an_sae()
+    sae.b_enc.data.fill_(-100)  # no latent is active
+    aux = aux_loss(sae, torch.randn(5, 8), residual, dead, k_aux=2)
     assert aux.isfinite() and aux == 0
 
 

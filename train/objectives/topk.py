@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saert.kernels.decode import sparse_decode
+from saert.kernels.encode import encode_topk
 from saert.sae import SAE
 
 ALIVE = 1e-3  # an activation counts as firing above this; a selected zero does not
@@ -34,24 +35,28 @@ def topk_loss(
     sae: SAE, x: Tensor, target: Tensor, dead: Tensor, k_aux: int, coefficient: float
 ) -> Loss:
     """x [tokens, d_in], target [tokens, d_out] (x for an autoencoder), dead [num_latents]."""
-    scores = sae.pre_activations(x)
-    code = sae.activation.encode(scores)
+    code = sae.encode(x)
     reconstruction = sae.decode(code, x)
     fvu = fraction_unexplained(reconstruction, target)
-    aux = aux_loss(sae.W_dec, scores, (target - reconstruction).detach(), dead, k_aux)
+    aux = aux_loss(sae, x, (target - reconstruction).detach(), dead, k_aux)
     fired = torch.zeros_like(dead)
     fired[code.indices[code.values > ALIVE]] = True
     l0 = code.l0().double().mean()
     return Loss(fvu + coefficient * aux, fvu.detach(), aux.detach(), fired, l0)
 
 
-def aux_loss(W_dec: Tensor, scores: Tensor, residual: Tensor, dead: Tensor, k_aux: int) -> Tensor:
-    """How badly the `k_aux` strongest dead latents explain the residual; 0 if no latent is dead."""
+def aux_loss(sae: SAE, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int) -> Tensor:
+    """How badly the `k_aux` strongest dead latents explain the residual; 0 if no latent is dead.
+
+    Only the dead latents are scored, and the gradient reaches their encoder rows.
+    """
     latents = dead.nonzero().squeeze(-1)
     if latents.numel() == 0:
-        return scores.new_zeros(())
-    values, chosen = scores[:, latents].topk(min(k_aux, latents.numel()), dim=-1)
-    return fraction_unexplained(sparse_decode(latents[chosen], values.relu(), W_dec), residual)
+        return residual.new_zeros(())
+    b_dec = sae.b_dec if sae.subtract_b_dec else None
+    x = sae.transform(x).x
+    code = encode_topk(x, sae.W_enc, sae.b_enc, k_aux, b_dec=b_dec, latents=latents)
+    return fraction_unexplained(sparse_decode(code.indices, code.values, sae.W_dec), residual)
 
 
 def fraction_unexplained(estimate: Tensor, target: Tensor) -> Tensor:

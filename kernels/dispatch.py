@@ -1,0 +1,105 @@
+"""Which path runs: decided here, by device, dtype and shape, and nowhere else.
+
+| tensors                         | encode                         | decode, gradients    |
+|---------------------------------|--------------------------------|----------------------|
+| CUDA, float32 or half, triton   | `kernels/gpu`                  | `kernels/gpu`        |
+| CPU                             | chunks, group maxima           | `embedding_bag`      |
+| anything else (float64, mps, …) | the same, in plain PyTorch     | the same             |
+
+The constants are measured ones; `benchmarks/kernels.py` measures them again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+WORKSPACE = 24 << 20
+"""Bytes of scores that exist at a time off the GPU. Below 32 MiB glibc hands the same memory out
+again; a larger block is mapped afresh, and zeroing its pages costs a tenth of the product."""
+
+WIDENED = 128 << 20
+"""Bytes of half-precision weights that may be widened to float32 at once, for several chunks."""
+
+WIDENED_ROWS = 4096
+"""Rows of half-precision weights widened at a time otherwise."""
+
+GROUP = 8  # latents per group maximum: 8 beats 16 and 32 at 32,768 latents
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def uses_triton(weights: Tensor) -> bool:
+    """Whether the Triton kernels serve a call with these weights."""
+    return weights.is_cuda and weights.dtype in _GPU_DTYPES and _has_triton()
+
+
+def tokens_per_chunk(num_latents: int, dtype: torch.dtype) -> int:
+    """How many tokens' scores fit into the workspace, at least one."""
+    return max(1, WORKSPACE // max(1, num_latents * dtype.itemsize))
+
+
+def pieces(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors [T, …] a few tokens at a time: `width` entries of scratch a token fit."""
+    step = max(1, WORKSPACE // (4 * max(1, width)))
+    return zip(*(t.split(step) for t in tensors), strict=True)
+
+
+def selects_by_groups(num_latents: int, k: int) -> bool:
+    """Whether group maxima find the k largest of a row sooner than `torch.topk` does."""
+    return num_latents >= 2048 and k * 4 * GROUP <= num_latents
+
+
+def decodes_densely(k: int, num_latents: int, device: torch.device) -> bool:
+    """Whether a dense product with W_dec beats gathering k rows per token."""
+    # GPU: k rows at 4.3 TB/s against one row of arithmetic at 790 TFLOP/s (KERNELS.md section 2)
+    return k * (184 if device.type == "cuda" else 8) >= num_latents
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether oneDNN's float32 product is there and clearly faster than `F.linear`: timed once.
+
+    The two differ in the last digits. SAERT_CPU_GEMM=onednn or =blas fixes the choice, for runs
+    that must agree between machines.
+    """
+    wish = os.environ.get("SAERT_CPU_GEMM", "")
+    if wish not in ("", "onednn", "blas"):
+        raise ValueError(f"SAERT_CPU_GEMM is {wish!r}, expected 'onednn', 'blas' or nothing")
+    if wish == "blas" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    x, W = torch.ones(16, 512), torch.ones(16_384, 512)  # 32 MiB: from memory, as dictionaries are
+    try:
+        if not torch.equal(onednn_linear(x, W, None), torch.full((16, 16_384), 512.0)):
+            return False
+    except (RuntimeError, NotImplementedError):
+        return False
+    if wish == "onednn":
+        return True
+    linear: Product = torch.nn.functional.linear
+    rounds = [(_seconds(linear, x, W), _seconds(onednn_linear, x, W)) for _ in range(5)]
+    blas, onednn = (min(times) for times in zip(*rounds, strict=True))
+    return bool(onednn * 1.15 < blas)
+
+
+def onednn_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, d] @ W [n, d]ᵀ + bias, by oneDNN. A private operator: only after `prefers_onednn`."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return out
+
+
+def _seconds(product: Product, x: Tensor, W: Tensor) -> float:
+    begun = time.perf_counter()
+    product(x, W, None)
+    return time.perf_counter() - begun
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

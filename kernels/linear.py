@@ -1,0 +1,39 @@
+"""linear_scores: scores[t, i] = ⟨x[t], W_enc[i]⟩ + b_enc[i], never rounded below float32.
+
+The one linear layer that may not follow its weights into bfloat16. `linear_scores` is dense and
+differentiable; `chunk_scores` is what the encoders call on a few tokens, and may use oneDNN where
+that is faster than the BLAS behind `F.linear` (MKL on AMD processors: KERNELS.md section 7).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saert.kernels import dispatch
+from saert.kernels.numerics import accumulation_dtype, no_autocast
+
+
+def linear_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+    """x [*tokens, d_in], W_enc [num_latents, d_in], b_enc [num_latents] -> [*tokens, num_latents].
+
+    The result is float32 for half-precision weights, otherwise the dtype of the weights.
+    Autocast is switched off inside: it would round the scores before the selection.
+    """
+    wide = accumulation_dtype(W_enc.dtype)
+    with no_autocast(x):
+        x = x.to(W_enc.dtype).to(wide)
+        bias = None if b_enc is None else b_enc.to(wide)
+        if wide == W_enc.dtype:
+            return F.linear(x, W_enc, bias)
+        scores = torch.cat(
+            [F.linear(x, rows.to(wide)) for rows in W_enc.split(dispatch.WIDENED_ROWS)], -1
+        )
+        return scores if bias is None else scores + bias
+
+
+def chunk_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+    """`linear_scores` of a few tokens [T, d_in], without gradients, by the faster product."""
+    on_cpu = x.device.type == "cpu" and x.dtype == W_enc.dtype == torch.float32
+    if on_cpu and len(x) and dispatch.prefers_onednn():
+        return dispatch.onednn_linear(x.contiguous(), W_enc.contiguous(), b_enc)
+    return linear_scores(x, W_enc, b_enc)

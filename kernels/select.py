@@ -1,0 +1,89 @@
+"""The exact selections on a chunk of scores, in plain PyTorch, for every device without Triton.
+
+    top-k:      m[t, j] = max over group j of the row's ranks; the k largest entries of a row lie in
+                the k groups of largest m, so only those groups are ranked
+    threshold:  count, then place each kept entry behind the row's earlier ones
+
+`torch.topk` breaks ties as it likes. Here the lowest latent wins: a tie shows as two equal
+neighbours among the k + 1 largest, and only such rows are sorted again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saert.kernels import dispatch
+
+
+@torch.library.custom_op(
+    "saert::topk_rows", mutates_args=(), schema="(Tensor ranks, int k) -> (Tensor, Tensor)"
+)
+def topk_rows(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, indices) of the k largest of each row [T, n], the lowest index first among equals.
+
+    A NaN ranks above everything, so it shows in the first column. Entries at or below zero come in
+    no particular order: they fill unused slots.
+    """
+    want = min(k + 1, ranks.shape[1])
+    found = _group_topk if dispatch.selects_by_groups(ranks.shape[1], want) else torch.topk
+    values, indices = found(ranks, want)
+    same = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)
+    tied = same.any(-1).nonzero().squeeze(-1)
+    if len(tied):
+        values[tied], indices[tied] = _ordered(ranks, values[tied], indices[tied], tied, k)
+    return values[:, :k].contiguous(), indices[:, :k].contiguous()
+
+
+@topk_rows.register_fake
+def _(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values = ranks.new_empty(ranks.shape[0], k)
+    return values, values.to(torch.int64)
+
+
+def _group_topk(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    rows, n = ranks.shape
+    size = dispatch.GROUP
+    groups = n // size  # strided: entry i belongs to group i mod groups
+    maxima = ranks[:, : groups * size].view(rows, size, groups).amax(1)
+    best = maxima.topk(k, sorted=False).indices
+    members = torch.arange(0, groups * size, groups, device=ranks.device)
+    candidates = (best.unsqueeze(1) + members.unsqueeze(-1)).flatten(1)  # [T, size * k]
+    if groups * size < n:  # the rest belongs to no group
+        rest = torch.arange(groups * size, n, device=ranks.device).expand(rows, -1)
+        candidates = torch.cat([candidates, rest], 1)
+    values, chosen = ranks.gather(1, candidates).topk(k)
+    return values, candidates.gather(1, chosen)
+
+
+def _ordered(
+    ranks: Tensor, values: Tensor, indices: Tensor, rows: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Rows with ties: lowest index first, the whole row sorted where the k-th value is tied."""
+    by_index = indices.argsort(-1)
+    values, indices = values.gather(1, by_index), indices.gather(1, by_index)
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    indices = indices.gather(1, order)
+    width = values.shape[1]
+    if width > k:
+        for row in (values[:, k - 1] == values[:, k]).nonzero().squeeze(-1).tolist():
+            whole = ranks[rows[row]].sort(descending=True, stable=True)
+            values[row], indices[row] = whole.values[:width], whole.indices[:width]
+    return values, indices
+
+
+def threshold_rows(scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Where `kept` bool [T, n]: (values, indices) [T, max(1, widest)], largest first, 0 elsewhere.
+
+    The width depends on the data, so this waits for the device.
+    """
+    row, latent = kept.nonzero(as_tuple=True)  # by row, then by latent
+    counts = torch.bincount(row, minlength=len(kept))
+    width = max(1, int(counts.max())) if len(kept) else 1
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    values = scores.new_zeros(len(kept), width)
+    indices = row.new_zeros(len(kept), width)
+    values[row, place] = scores[row, latent]
+    indices[row, place] = latent
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values, indices.gather(1, order)

@@ -51,9 +51,19 @@ def pieces(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(step) for t in tensors), strict=True)
 
 
-def selects_by_groups(num_latents: int, k: int) -> bool:
-    """Whether group maxima find the k largest of a row sooner than `torch.topk` does."""
-    return num_latents >= 2048 and k * 4 * GROUP <= num_latents
+def selects_by_groups(rows: int, num_latents: int, k: int) -> bool:
+    """Whether group maxima find the k largest of each row sooner than `torch.topk` does."""
+    # a few rows gain nothing, and waking a second thread for the maxima may cost a lot
+    return rows >= 16 and num_latents >= 2048 and k * 4 * GROUP <= num_latents
+
+
+def screens(W_enc: Tensor) -> bool:
+    """Whether a half-precision product is so much faster that screening with it pays."""
+    if W_enc.dtype != torch.float32:
+        return False
+    if W_enc.device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return W_enc.is_cuda
 
 
 def decodes_densely(k: int, num_latents: int, device: torch.device) -> bool:

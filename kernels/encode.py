@@ -20,6 +20,7 @@ from saert.kernels import dispatch
 from saert.kernels.encode_gradient import backward, save
 from saert.kernels.linear import chunk_scores
 from saert.kernels.numerics import accumulation_dtype, no_autocast
+from saert.kernels.screen import Screen, screened_topk
 from saert.kernels.select import threshold_rows, topk_rows
 
 
@@ -47,6 +48,7 @@ def encode_topk(
     b_dec: Tensor | None = None,
     weight: Tensor | None = None,
     latents: Tensor | None = None,
+    screen: Screen | None = None,
     row_sparse: bool = False,
 ) -> Encoded:
     """The k largest positive scores of each token (TopK, Gao et al. 2024, section 2.3).
@@ -59,6 +61,9 @@ def encode_topk(
             taken as a constant by the gradient.
         latents: int64 [E], the only latents that compete, ascending (AuxK: the dead ones). The
             gradient reaches their rows of W_enc.
+        screen: a half-precision copy of W_enc that finds candidates, for float32 weights where
+            half-precision products are much faster; the result is exact with it too
+            (`saert.kernels.screen`). Unused on other devices; waits for the device.
         row_sparse: whether the gradient of W_enc is a sparse COO tensor of the touched rows.
 
     Differentiable in x, W_enc, b_enc and b_dec, through the values. Works under autocast (which
@@ -66,13 +71,21 @@ def encode_topk(
     for the device.
 
     Raises:
-        ValueError: shapes that contradict each other, or k below 1.
+        ValueError: shapes that contradict each other, k below 1, or `screen` together with
+            `weight` or `latents`.
     """
     _check(x, W_enc, b_enc, b_dec, weight)
     if k < 1:
         raise ValueError(f"encode_topk: k is {k}, expected at least 1")
+    if screen is not None and (weight is not None or latents is not None):
+        raise ValueError("encode_topk: screen goes with neither weight nor latents")
+    half, bounds = (None, None) if screen is None else screen
+    if half is not None and half.shape != W_enc.shape:
+        raise ValueError(
+            f"encode_topk: the screen is {list(half.shape)}, W_enc {list(W_enc.shape)}"
+        )
     flat = x.reshape(-1, x.shape[-1])
-    found = _topk_op(flat, W_enc, b_enc, b_dec, weight, latents, k, row_sparse)
+    found = _topk_op(flat, W_enc, b_enc, b_dec, weight, latents, half, bounds, k, row_sparse)
     return _shaped(found, x)
 
 
@@ -166,7 +179,8 @@ def _slots(ranks: Tensor, chosen: Tensor, scores: Tensor, latents: Tensor | None
     "saert::encode_topk",
     mutates_args=(),
     schema="(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor? weight, "
-    "Tensor? latents, int k, bool row_sparse) -> (Tensor, Tensor, Tensor)",
+    "Tensor? latents, Tensor? screen, Tensor? screen_bounds, int k, bool row_sparse) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _topk_op(
     x: Tensor,
@@ -175,6 +189,8 @@ def _topk_op(
     b_dec: Tensor | None,
     weight: Tensor | None,
     latents: Tensor | None,
+    screen: Tensor | None,
+    screen_bounds: Tensor | None,
     k: int,
     row_sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,15 +200,23 @@ def _topk_op(
             b_enc, weight = (None if t is None else t[latents] for t in (b_enc, weight))
         x, bias, weight = _prepared(x, W_enc, b_enc, b_dec, weight)
         k = min(k, W_enc.shape[0])
-        if dispatch.uses_triton(W_enc):
-            from saert.kernels.gpu import encode as gpu
-
-            indices, values, nan = gpu.encode_topk(x, W_enc, bias, k, weight)
-        else:
-            indices, values, nan = _topk_in_chunks(x, W_enc, bias, k, weight)
+        if screen is not None and screen_bounds is not None and dispatch.screens(W_enc):
+            return screened_topk(x, W_enc, bias, k, screen, screen_bounds, _topk)
+        indices, values, nan = _topk(x, W_enc, bias, k, weight)
         if latents is not None:
             indices = torch.where(values > 0, latents[indices], 0)
         return indices, values, nan
+
+
+def _topk(
+    x: Tensor, W_enc: Tensor, bias: Tensor | None, k: int, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(indices, values, nan) of prepared inputs."""
+    if dispatch.uses_triton(W_enc):
+        from saert.kernels.gpu import encode as gpu
+
+        return gpu.encode_topk(x, W_enc, bias, k, weight)
+    return _topk_in_chunks(x, W_enc, bias, k, weight)
 
 
 def _topk_in_chunks(
@@ -284,7 +308,16 @@ def _nothing(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @_topk_op.register_fake
 def _topk_fake(
-    x: Tensor, W_enc: Tensor, b_enc: Any, b_dec: Any, weight: Any, latents: Any, k: int, _: bool
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Any,
+    b_dec: Any,
+    weight: Any,
+    latents: Any,
+    screen: Any,
+    bounds: Any,
+    k: int,
+    row_sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     competing = W_enc.shape[0] if latents is None else latents.shape[0]
     return _fake(x, W_enc, min(k, competing))

@@ -26,8 +26,8 @@ def topk_rows(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     no particular order: they fill unused slots.
     """
     want = min(k + 1, ranks.shape[1])
-    found = _group_topk if dispatch.selects_by_groups(ranks.shape[1], want) else torch.topk
-    values, indices = found(ranks, want)
+    grouped = dispatch.selects_by_groups(*ranks.shape, want)
+    values, indices = (_group_topk if grouped else torch.topk)(ranks, want)
     same = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)
     tied = same.any(-1).nonzero().squeeze(-1)
     if len(tied):

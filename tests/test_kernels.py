@@ -22,6 +22,7 @@ from saert.kernels.encode import (
     encode_topk,
     encode_topk_reference,
 )
+from saert.kernels.screen import screen
 from saert.kernels.segments import row_gradient, row_gradient_reference
 from saert.kernels.select import topk_rows
 
@@ -236,6 +237,58 @@ def test_no_tensor_outgrows_the_workspace(small_chunks):
     assert seen.bytes >= dense
 
 
+# -- screening -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def screening(monkeypatch):
+    """Screens although this CPU may gain nothing; counts the tokens that are encoded in full."""
+    monkeypatch.setattr(dispatch, "screens", lambda W: W.dtype == torch.float32)
+    in_full = []
+    plain = encode._topk
+
+    def counting(x, *rest):
+        in_full.append(len(x))
+        return plain(x, *rest)
+
+    monkeypatch.setattr(encode, "_topk", counting)
+    return in_full
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 9, 32])
+def test_screening_is_exact(kind, k, screening):
+    x, W, b = layer(kind, 40, 64, 4099)
+    assert_topk(encode_topk(x, W, b, k, screen=screen(W)), x, W, b, k)
+
+
+def test_screening_certifies_most_tokens(screening):
+    x, W, b = layer("random", 100, 256, 8192)
+    encode_topk(x, W, b, 32, screen=screen(W))
+    assert sum(screening) <= 5, "tokens without a certificate"
+
+
+def test_tokens_without_a_certificate_are_encoded_in_full(screening):
+    x, W, b = layer("random", 20, 64, 4099)
+    W = W[:1] + 1e-4 * W  # all scores within what half precision can tell apart
+    assert_topk(encode_topk(x, W, b * 0, 9, screen=screen(W)), x, W, b * 0, 9)
+    assert sum(screening) == 20
+    x, W, b = layer("ties", 20, 16, 4099)
+    assert_same(encode_topk(x, W, b, 9, screen=screen(W)), encode_topk_reference(x, W, b, 9))
+
+
+def test_screening_flags_nan_and_has_gradients(screening):
+    x, W, b = layer("random", 10, 32, 4099)
+    x[4, 1] = torch.nan
+    found = encode_topk(x, W, b, 5, screen=screen(W))
+    assert found.nan.nonzero().tolist() == [[4]]
+    W_enc = W.clone().requires_grad_()
+    encode_topk(x[:4], W_enc, b, 5, screen=screen(W)).values.sum().backward()
+    plain = W.clone().requires_grad_()
+    encode_topk_reference(x[:4], plain, b, 5).values.sum().backward()
+    torch.testing.assert_close(W_enc.grad, plain.grad)
+
+
 # -- decode ----------------------------------------------------------------------------------------
 
 
@@ -403,7 +456,7 @@ def test_the_operators_are_well_formed():
     ops = torch.ops.saert
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     zero = torch.zeros((), dtype=torch.float64)
-    opcheck(ops.encode_topk, (x, W, b, b_dec, None, None, 4, False), test_utils=checks)
+    opcheck(ops.encode_topk, (x, W, b, b_dec, None, None, None, None, 4, False), test_utils=checks)
     opcheck(ops.encode_threshold, (x, W, b, b_dec, zero, None, False), test_utils=checks)
     code = encode_topk(x, W, b, 4)
     values = code.values.detach().requires_grad_()

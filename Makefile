@@ -9,6 +9,8 @@ PYTEST_JOBS ?= logical
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTEST_ARGS ?=
 
+GPU_PYTHON ?= $(BIN)/python
+
 # What `make check` runs: the law of the house and the quick core units, in seconds. `make test` runs all.
 FAST := $(wildcard tests/test_floors.py tests/test_packaging.py tests/test_sparse.py \
 	tests/test_activations.py tests/test_edits.py tests/test_hookpoint.py)
@@ -48,11 +50,15 @@ format: $(STAMP)  ## let ruff fix and format
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(STAMP)  ## what attaching costs, against the bare model
+bench: $(STAMP)  ## what attaching costs, and every kernel against its alternatives
 	$(BIN)/python benchmarks/attach_overhead.py
+	$(BIN)/python benchmarks/kernels.py
 
-gpu: $(STAMP)  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+# A machine with its own CUDA build of torch: `make gpu GPU_PYTHON=python3`, and nothing is set up.
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))  ## on a CUDA device: its tests, compiled kernels, their benchmark
+	$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m pytest $(wildcard tests/test_kernels*.py tests/test_refine*.py) $(PYTEST_ARGS)
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/kernels.py --device cuda --save
 
 clean:  ## caches and build products; the .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

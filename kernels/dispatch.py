@@ -30,14 +30,18 @@ WIDENED = 128 << 20
 WIDENED_ROWS = 4096
 """Rows of half-precision weights widened at a time otherwise."""
 
+GPU_MAX_K = 2048
+"""The streaming selection keeps k keys in the registers of one program."""
+
 GROUP = 8  # latents per group maximum: 8 beats 16 and 32 at 32,768 latents
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def uses_triton(weights: Tensor) -> bool:
-    """Whether the Triton kernels serve a call with these weights."""
-    return weights.is_cuda and weights.dtype in _GPU_DTYPES and _has_triton()
+def uses_triton(weights: Tensor, k: int = 1) -> bool:
+    """Whether the Triton kernels serve a call with these weights, selecting k."""
+    fits = weights.dtype in _GPU_DTYPES and k <= GPU_MAX_K
+    return weights.is_cuda and fits and _has_triton()
 
 
 def tokens_per_chunk(num_latents: int, dtype: torch.dtype) -> int:

@@ -212,10 +212,10 @@ def _topk(
     x: Tensor, W_enc: Tensor, bias: Tensor | None, k: int, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(indices, values, nan) of prepared inputs."""
-    if dispatch.uses_triton(W_enc):
+    if dispatch.uses_triton(W_enc, k):
         from saert.kernels.gpu import encode as gpu
 
-        return gpu.encode_topk(x, W_enc, bias, k, weight)
+        return gpu.encode_topk(x, _with_whole_rows(W_enc), bias, k, weight)
     return _topk_in_chunks(x, W_enc, bias, k, weight)
 
 
@@ -257,7 +257,8 @@ def _threshold_op(
         if dispatch.uses_triton(W_enc):
             from saert.kernels.gpu import encode as gpu
 
-            return tuple(gpu.encode_threshold(x, W_enc, bias, threshold.view(-1), weight))
+            rows = _with_whole_rows(W_enc)
+            return gpu.encode_threshold(x, rows, bias, threshold.view(-1), weight)
         return _threshold_in_chunks(x, W_enc, bias, threshold, weight)
 
 
@@ -298,6 +299,10 @@ def _prepared(
     x = x.to(wide) if b_dec is None else x.to(wide) - b_dec.to(wide)
     bias = None if b_enc is None else b_enc.to(wide)
     return x.contiguous(), bias, None if weight is None else weight.to(wide)
+
+
+def _with_whole_rows(W: Tensor) -> Tensor:
+    return W if W.stride(1) == 1 else W.contiguous()
 
 
 def _nothing(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,16 +39,15 @@ def row_gradient(
     In the dtype of the coefficients. The second result is Σ coefficients per latent, the gradient
     of a bias. Not differentiable itself.
     """
-    if dispatch.uses_triton(coefficients) and rows.shape[1]:
+    if dispatch.uses_triton(coefficients):
         from saert.kernels.gpu import segments as gpu
 
         dW, sums = gpu.row_gradient(indices, coefficients, rows, num_latents)
         return dW, sums
-    latents, dW_rows, sums_rows = _touched(indices, coefficients, rows)
-    dW = coefficients.new_zeros(num_latents, rows.shape[1])
-    sums = coefficients.new_zeros(num_latents)
-    dW[latents], sums[latents] = dW_rows, sums_rows
-    return dW, sums
+    latents, tokens, weights = _sorted_pairs(indices, coefficients)
+    counts = torch.bincount(latents, minlength=num_latents)
+    sums = weights.new_zeros(num_latents).index_add_(0, latents, weights)
+    return _sum_runs(tokens, weights, rows, counts), sums
 
 
 @row_gradient.register_fake
@@ -79,18 +78,25 @@ def sparse_row_gradient(
 
 def _touched(indices: Tensor, coefficients: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Latents with a non-zero coefficient, ascending, their summed rows and coefficients."""
-    pairs = coefficients.flatten().nonzero().squeeze(-1)
+    latents, tokens, weights = _sorted_pairs(indices, coefficients)
+    ids, run, counts = latents.unique_consecutive(return_inverse=True, return_counts=True)
+    sums = weights.new_zeros(len(ids)).index_add_(0, run, weights)
+    return ids, _sum_runs(tokens, weights, rows, counts), sums
+
+
+def _sorted_pairs(indices: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Latent, token and coefficient of every non-zero pair, by latent and then by token."""
+    flat = coefficients.flatten()
+    pairs = flat.nonzero().squeeze(-1)
     latents, order = indices.flatten()[pairs].sort(stable=True)
     pairs = pairs[order]
-    weights = coefficients.flatten()[pairs]
-    ids, counts = latents.unique_consecutive(return_counts=True)
+    return latents, pairs // indices.shape[1], flat[pairs]
+
+
+def _sum_runs(tokens: Tensor, weights: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """Σ weights · rows[tokens] over consecutive runs of `counts` pairs: [runs, d]."""
+    if not len(tokens) or not rows.shape[1]:
+        return weights.new_zeros(len(counts), rows.shape[1])
     starts = counts.cumsum(0) - counts
-    run = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
-    sums = weights.new_zeros(len(ids)).index_add_(0, run, weights)
-    if not len(ids) or not rows.shape[1]:
-        return ids, rows.new_zeros(len(ids), rows.shape[1]), sums
-    tokens = pairs // indices.shape[1]
-    summed = F.embedding_bag(  # a bag per latent: the tokens it fired on, in order
-        tokens, rows.to(weights.dtype), starts, mode="sum", per_sample_weights=weights
-    )
-    return ids, summed, sums
+    rows = rows.to(weights.dtype)
+    return F.embedding_bag(tokens, rows, starts, mode="sum", per_sample_weights=weights)

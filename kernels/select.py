@@ -25,8 +25,9 @@ def topk_rows(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     A NaN ranks above everything, so it shows in the first column. Entries at or below zero come in
     no particular order: they fill unused slots.
     """
-    want = min(k + 1, ranks.shape[1])
-    grouped = dispatch.selects_by_groups(*ranks.shape, want)
+    rows, n = ranks.shape
+    want = min(k + 1, n)
+    grouped = dispatch.selects_by_groups(rows, n, want)
     values, indices = (_group_topk if grouped else torch.topk)(ranks, want)
     same = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)
     tied = same.any(-1).nonzero().squeeze(-1)

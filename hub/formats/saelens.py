@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saert.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from saert.hookpoint import TRANSFORMER_LENS, Hookpoint, HookpointError
-from saert.kernels.encode import accumulation_dtype
+from saert.kernels.numerics import accumulation_dtype
 from saert.sae import SAE
 from saert.transforms import (
     DatasetScale,

@@ -2,10 +2,10 @@
 
     minimise ½ ‖target − Σ_{j ∈ S} z_j · W_dec[indices_j]‖²   subject to z_j ≥ 0,
 
-from the encoder's values on. An encoder picks latents well and shrinks their values; this is the
-"activation refinement" of Gao et al. (2024, section 5.1), which they do by projected gradient
-(`refine_reference`). The problem is convex and k wide, so the k × k Gram matrix and cyclic
-coordinate descent, exact in each coordinate, get to the same optimum in a few sweeps.
+from the encoder's values on. This is the "activation refinement" of Gao et al. (2024, section 5.1),
+who use projected gradient (`refine_reference`). The problem is convex and only k wide, so cyclic
+coordinate descent on the k × k Gram matrix, exact in each coordinate, gets to the same optimum:
+in 6 to 10 sweeps on the bundled SAEs, in hundreds where all slots share one strong direction.
 
 **Units.** With unit directions d̂_j, y_j = z_j ‖W_dec[i_j]‖ / ‖target‖ and r the residual of
 target / ‖target‖, the violation of the Karush-Kuhn-Tucker conditions is
@@ -14,7 +14,8 @@ target / ‖target‖, the violation of the Karush-Kuhn-Tucker conditions is
 
 the longest step that any one coordinate would still take. It does not depend on the scale of
 target, decoder or values, and is 0 exactly at an optimum. While it exceeds `tol`, a sweep lowers
-the squared error by more than rounding can raise it: the result is never worse than the start.
+the squared error by more than rounding can raise it (in float32, for a tol from about 1e-5 on), so
+the result is never worse than the start.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def refine(
 
     A slot whose decoder row is zero keeps its value; a target of zero gives values of zero; a token
     that uses a row with a NaN or an infinity gets NaN. Float32 Gram matrices on CUDA follow
-    `torch.backends.cuda.matmul` (TF32 moves the optimum by about 1e-3).
+    `torch.backends.cuda.matmul` (TF32 would round the directions to 5e-4).
 
     Not differentiable: a backward pass through `values` raises RuntimeError.
 
@@ -77,7 +78,8 @@ def refine(
     """
     _check(indices, values, W_dec, target, max_steps, tol)
     tokens, (k, d) = values.shape[:-1], (values.shape[-1], W_dec.shape[1])
-    flat = (indices.reshape(-1, k), values.reshape(-1, k), W_dec, target.reshape(-1, d))
+    T = tokens.numel()
+    flat = (indices.reshape(T, k), values.reshape(T, k), W_dec, target.reshape(T, d))
     refined, residual, steps = nnls(*flat, max_steps, tol)
     return Refined(refined.reshape(*tokens, k), residual.reshape(tokens), steps.reshape(tokens))
 
@@ -240,12 +242,15 @@ def coordinate_descent(
         if step == max_steps or not len(going):
             break
         if len(going) < len(live):
-            live, y, r, gram = live[going], y[going], r[going], gram[going]
+            live, y, r = live[going], y[going], r[going]
+            gram, linear = gram[going], linear[going]
         for j in range(y.shape[1]):
             fresh = (y[:, j] + r[:, j]).clamp_min(0)
             delta = fresh - y[:, j]
             y[:, j] = fresh
             r.addcmul_(delta.unsqueeze(-1), gram[:, j], value=-1)
+        if step == 0:  # a start that is far off leaves its rounding errors in r
+            r = linear - torch.bmm(gram, y.unsqueeze(-1)).squeeze(-1)
     return solution, residual, steps
 
 

@@ -76,6 +76,12 @@ def decodes_densely(k: int, num_latents: int, device: torch.device) -> bool:
     return k * (184 if device.type == "cuda" else 8) >= num_latents
 
 
+def exchanges(tokens: int) -> bool:
+    """Whether oneDNN computes x · W_encᵀ sooner as (W_enc · xᵀ)ᵀ: it reorders its second factor
+    at every call, and for a few tokens x is the smaller one by far."""
+    return 2 <= tokens <= 16
+
+
 @functools.cache
 def prefers_onednn() -> bool:
     """Whether oneDNN's float32 product is there and clearly faster than `F.linear`: timed once.

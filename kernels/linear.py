@@ -35,5 +35,9 @@ def chunk_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
     """`linear_scores` of a few tokens [T, d_in], without gradients, by the faster product."""
     on_cpu = x.device.type == "cpu" and x.dtype == W_enc.dtype == torch.float32
     if on_cpu and len(x) and dispatch.prefers_onednn():
-        return dispatch.onednn_linear(x.contiguous(), W_enc.contiguous(), b_enc)
+        x, W_enc = x.contiguous(), W_enc.contiguous()
+        if not dispatch.exchanges(len(x)):
+            return dispatch.onednn_linear(x, W_enc, b_enc)
+        scores = dispatch.onednn_linear(W_enc, x, None).t().contiguous()
+        return scores if b_enc is None else scores.add_(b_enc)
     return linear_scores(x, W_enc, b_enc)

@@ -33,6 +33,9 @@ WIDENED_ROWS = 4096
 GPU_MAX_K = 2048
 """The streaming selection keeps k keys in the registers of one program."""
 
+ONEDNN_LEAST = 1 << 21
+"""Entries of W_enc below which oneDNN does not pay: a call costs 40 µs more than `F.linear`."""
+
 GROUP = 8  # latents per group maximum: 8 beats 16 and 32 at 32,768 latents
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,6 +77,12 @@ def decodes_densely(k: int, num_latents: int, device: torch.device) -> bool:
     """Whether a dense product with W_dec beats gathering k rows per token."""
     # GPU: k rows at 4.3 TB/s against one row of arithmetic at 790 TFLOP/s (KERNELS.md section 2)
     return k * (184 if device.type == "cuda" else 8) >= num_latents
+
+
+def uses_onednn(x: Tensor, W_enc: Tensor) -> bool:
+    """Whether oneDNN multiplies x and W_enc: float32 on a CPU, and enough of it."""
+    right = x.dtype == W_enc.dtype == torch.float32 and x.device.type == "cpu"
+    return right and W_enc.numel() >= ONEDNN_LEAST and prefers_onednn()
 
 
 def exchanges(tokens: int) -> bool:

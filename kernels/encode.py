@@ -225,14 +225,13 @@ def _topk_in_chunks(
     def select(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ranks = scores if weight is None else scores.relu() * weight
         best, indices = topk_rows(ranks, k)
-        nan = best[:, 0].isnan()
         used = best > 0
         values = best if weight is None else scores.gather(1, indices)
-        return indices.where(used, 0), values.where(used, 0), nan
+        return indices * used, values.where(used, 0), best[:, 0].isnan()
 
     parts = [select(scores) for scores in _chunks(x, W_enc, bias)]
-    if not parts:
-        return _nothing(x, k)
+    if len(parts) <= 1:  # the common case one token at a time: no copies
+        return parts[0] if parts else _nothing(x, k)
     indices, values, nan = (torch.cat(column) for column in zip(*parts, strict=True))
     return indices, values, nan
 
@@ -287,7 +286,7 @@ def _chunks(x: Tensor, W_enc: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
     fits = W_enc.numel() * x.dtype.itemsize <= dispatch.WIDENED
     if W_enc.dtype != x.dtype and len(x) > size and fits:  # chunks would widen it again and again
         x, W_enc = x.to(W_enc.dtype).to(x.dtype), W_enc.to(x.dtype)
-    for part in x.split(size) if len(x) else ():
+    for part in (x,) if 0 < len(x) <= size else x.split(size) if len(x) else ():
         yield chunk_scores(part, W_enc, bias)
 
 

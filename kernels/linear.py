@@ -32,12 +32,13 @@ def linear_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
 
 
 def chunk_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
-    """`linear_scores` of a few tokens [T, d_in], without gradients, by the faster product."""
-    on_cpu = x.device.type == "cpu" and x.dtype == W_enc.dtype == torch.float32
-    if on_cpu and len(x) and dispatch.prefers_onednn():
+    """`linear_scores` of a few tokens [T, d_in], by the faster product; no gradient, no autocast."""
+    if len(x) and dispatch.uses_onednn(x, W_enc):
         x, W_enc = x.contiguous(), W_enc.contiguous()
         if not dispatch.exchanges(len(x)):
             return dispatch.onednn_linear(x, W_enc, b_enc)
         scores = dispatch.onednn_linear(W_enc, x, None).t().contiguous()
         return scores if b_enc is None else scores.add_(b_enc)
+    if x.dtype == W_enc.dtype:
+        return F.linear(x, W_enc, b_enc)
     return linear_scores(x, W_enc, b_enc)

@@ -16,9 +16,6 @@ from torch import Tensor
 from saert.kernels import dispatch
 
 
-@torch.library.custom_op(
-    "saert::topk_rows", mutates_args=(), schema="(Tensor ranks, int k) -> (Tensor, Tensor)"
-)
 def topk_rows(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values, indices) of the k largest of each row [T, n], the lowest index first among equals.
 
@@ -29,14 +26,23 @@ def topk_rows(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     want = min(k + 1, n)
     grouped = dispatch.selects_by_groups(rows, n, want)
     values, indices = (_group_topk if grouped else torch.topk)(ranks, want)
-    same = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)
-    tied = same.any(-1).nonzero().squeeze(-1)
-    if len(tied):
+    same = values[:, 1:] == values[:, :-1]
+    if same.any():
+        tied = (same & (values[:, 1:] > 0)).any(-1).nonzero().squeeze(-1)
         values[tied], indices[tied] = _ordered(ranks, values[tied], indices[tied], tied, k)
-    return values[:, :k].contiguous(), indices[:, :k].contiguous()
+    return values[:, :k], indices[:, :k]
 
 
-@topk_rows.register_fake
+@torch.library.custom_op(
+    "saert::topk", mutates_args=(), schema="(Tensor ranks, int k) -> (Tensor, Tensor)"
+)
+def topk(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`topk_rows` as an operator, for callers that may be compiled."""
+    values, indices = topk_rows(ranks, k)
+    return values.contiguous(), indices.contiguous()
+
+
+@topk.register_fake
 def _(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values = ranks.new_empty(ranks.shape[0], k)
     return values, values.to(torch.int64)

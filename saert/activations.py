@@ -19,7 +19,7 @@ from saert.kernels import dispatch
 from saert.kernels.encode import Encoded, encode_threshold, encode_topk
 from saert.kernels.linear import linear_scores
 from saert.kernels.numerics import accumulation_dtype
-from saert.kernels.select import topk_rows
+from saert.kernels.select import topk
 from saert.sparse import SparseCode
 
 
@@ -104,7 +104,7 @@ class TopK(Activation):
 
     def encode(self, pre: Tensor, weight: Tensor | None = None) -> SparseCode:
         ranks = pre.detach() if weight is None else pre.detach().relu() * weight.detach()
-        best, indices = topk_rows(ranks.reshape(-1, ranks.shape[-1]), self.k)
+        best, indices = topk(ranks.reshape(-1, ranks.shape[-1]), self.k)
         shape = (*pre.shape[:-1], self.k)
         unused, indices = (best <= 0).view(shape), indices.view(shape)  # NaN is kept, to be seen
         values = pre.gather(-1, indices).masked_fill(unused, 0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saert.kernels import dispatch
 from saert.kernels.numerics import accumulation_dtype, no_autocast
+from saert.kernels.operators import operator
 from saert.kernels.segments import row_gradient, sparse_row_gradient
 
 
@@ -78,13 +79,7 @@ def gather_dot_reference(g: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 # -- the operators ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "saert::sparse_decode",
-    mutates_args=(),
-    schema="(Tensor indices, Tensor values, Tensor W_dec, Tensor? bias, Tensor? base, "
-    "bool row_sparse) -> Tensor",
-)
-def _decode_op(
+def _run_decode(
     indices: Tensor,
     values: Tensor,
     W_dec: Tensor,
@@ -140,16 +135,22 @@ def _dense_decode(indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
     return torch.stack([c @ part.to(c.dtype) for c, part in pairs]).sum(0)
 
 
-@_decode_op.register_fake
-def _(indices: Tensor, values: Tensor, W_dec: Tensor, bias: Any, base: Any, _: bool) -> Tensor:
+def _decode_fake(
+    indices: Tensor, values: Tensor, W_dec: Tensor, bias: Any, base: Any, _: bool
+) -> Tensor:
     return values.new_empty(values.shape[0], W_dec.shape[1], dtype=accumulation_dtype(W_dec.dtype))
 
 
-@torch.library.custom_op(
-    "saert::gather_dot", mutates_args=(), schema="(Tensor g, Tensor indices, Tensor W) -> Tensor"
-)
 def gather_dot(g: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    """⟨g[t], W[indices[t, j]]⟩: g [T, d] in the accumulation dtype, int64 [T, k] -> [T, k]."""
+    """⟨g[t], W[indices[t, j]]⟩: g [T, d] in the accumulation dtype, int64 [T, k] -> [T, k].
+
+    Not differentiable itself.
+    """
+    out: Tensor = _gather_dot_op(g, indices, W)
+    return out
+
+
+def _run_gather_dot(g: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     if not indices.numel():
         return g.new_zeros(indices.shape)
     if dispatch.uses_triton(W):
@@ -173,9 +174,13 @@ def _bag_gather_dot(g: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return out.view(tokens, k)
 
 
-@gather_dot.register_fake
-def _(g: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+def _gather_dot_fake(g: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return g.new_empty(indices.shape)
+
+
+_gather_dot_op = operator(
+    "gather_dot(Tensor g, Tensor indices, Tensor W) -> Tensor", _run_gather_dot, _gather_dot_fake
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -202,7 +207,14 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return None, dvalues, dW, dbias, dbase, None
 
 
-_decode_op.register_autograd(_backward, setup_context=_save)
+_decode_op = operator(
+    "sparse_decode(Tensor indices, Tensor values, Tensor W_dec, Tensor? bias, Tensor? base, "
+    "bool row_sparse) -> Tensor",
+    _run_decode,
+    _decode_fake,
+    _backward,
+    _save,
+)
 
 
 def _check(

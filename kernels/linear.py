@@ -32,7 +32,7 @@ def linear_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
 
 
 def chunk_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
-    """`linear_scores` of a few tokens [T, d_in], by the faster product; no gradient, no autocast."""
+    """`linear_scores` of a few tokens [T, d_in], by the faster product: no gradient here."""
     if len(x) and dispatch.uses_onednn(x, W_enc):
         x, W_enc = x.contiguous(), W_enc.contiguous()
         if not dispatch.exchanges(len(x)):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from saert.kernels import dispatch
 from saert.kernels.numerics import accumulation_dtype, no_autocast
+from saert.kernels.operators import operator
 
 WORKSPACE = 64 << 20
 """Bytes of Gram matrices that exist at a time, and of decoder rows gathered to build them."""
@@ -123,13 +124,7 @@ def _violation(rows: Tensor, z: Tensor, target: Tensor) -> Tensor:
 # -- the operator ----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "saert::nnls",
-    mutates_args=(),
-    schema="(Tensor indices, Tensor values, Tensor W_dec, Tensor target, int max_steps, float tol) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-def nnls(
+def _nnls(
     indices: Tensor, values: Tensor, W_dec: Tensor, target: Tensor, max_steps: int, tol: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`refine` of [T, k], [T, k], [num_latents, d], [T, d], unchecked -> [T, k], [T], int64 [T]."""
@@ -152,8 +147,9 @@ def nnls(
     return out, residual, steps
 
 
-@nnls.register_fake
-def _(indices: Tensor, values: Tensor, W_dec: Tensor, target: Tensor, _: int, __: float) -> Any:
+def _nnls_fake(
+    indices: Tensor, values: Tensor, W_dec: Tensor, target: Tensor, _: int, __: float
+) -> Any:
     wide = accumulation_dtype(W_dec.dtype)
     residual = values.new_empty(values.shape[0], dtype=wide)
     return values.new_empty(values.shape, dtype=wide), residual, residual.to(torch.int64)
@@ -166,7 +162,13 @@ def _no_gradient(ctx: Any, *_: Any) -> Any:
     )
 
 
-nnls.register_autograd(_no_gradient)
+nnls = operator(
+    "nnls(Tensor indices, Tensor values, Tensor W_dec, Tensor target, int max_steps, float tol) "
+    "-> (Tensor, Tensor, Tensor)",
+    _nnls,
+    _nnls_fake,
+    _no_gradient,
+)
 
 Solver = Callable[[Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor, Tensor]]
 

@@ -7,13 +7,12 @@ of equal latents is summed in token order: no float atomics, so the same bits at
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from saert.kernels import dispatch
+from saert.kernels.operators import operator
 
 
 def row_gradient_reference(
@@ -25,12 +24,6 @@ def row_gradient_reference(
     return dense.T @ rows.to(dense.dtype), dense.sum(0)
 
 
-@torch.library.custom_op(
-    "saert::row_gradient",
-    mutates_args=(),
-    schema="(Tensor indices, Tensor coefficients, Tensor rows, SymInt num_latents) "
-    "-> (Tensor, Tensor)",
-)
 def row_gradient(
     indices: Tensor, coefficients: Tensor, rows: Tensor, num_latents: int
 ) -> tuple[Tensor, Tensor]:
@@ -39,6 +32,13 @@ def row_gradient(
     In the dtype of the coefficients. The second result is Σ coefficients per latent, the gradient
     of a bias. Not differentiable itself.
     """
+    dW, sums = _row_gradient_op(indices, coefficients, rows, num_latents)
+    return dW, sums
+
+
+def _run(
+    indices: Tensor, coefficients: Tensor, rows: Tensor, num_latents: int
+) -> tuple[Tensor, Tensor]:
     if dispatch.uses_triton(coefficients):
         from saert.kernels.gpu import segments as gpu
 
@@ -50,10 +50,19 @@ def row_gradient(
     return _sum_runs(tokens, weights, rows, counts), sums
 
 
-@row_gradient.register_fake
-def _(indices: Tensor, coefficients: Tensor, rows: Tensor, num_latents: int) -> Any:
+def _fake(
+    indices: Tensor, coefficients: Tensor, rows: Tensor, num_latents: int
+) -> tuple[Tensor, Tensor]:
     dW = coefficients.new_empty(num_latents, rows.shape[1])
     return dW, coefficients.new_empty(num_latents)
+
+
+_row_gradient_op = operator(
+    "row_gradient(Tensor indices, Tensor coefficients, Tensor rows, SymInt num_latents) "
+    "-> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
 
 
 def sparse_row_gradient(

@@ -10,10 +10,14 @@ neighbours among the k + 1 largest, and only such rows are sorted again.
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from saert.kernels import dispatch
+from saert.kernels.operators import operator
 
 
 def topk_rows(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -26,6 +30,8 @@ def topk_rows(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     want = min(k + 1, n)
     grouped = dispatch.selects_by_groups(rows, n, want)
     values, indices = (_group_topk if grouped else torch.topk)(ranks, want)
+    if descends(values):
+        return values[:, :k], indices[:, :k]
     same = values[:, 1:] == values[:, :-1]
     if same.any():
         tied = (same & (values[:, 1:] > 0)).any(-1).nonzero().squeeze(-1)
@@ -33,19 +39,29 @@ def topk_rows(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[:, :k], indices[:, :k]
 
 
-@torch.library.custom_op(
-    "saert::topk", mutates_args=(), schema="(Tensor ranks, int k) -> (Tensor, Tensor)"
-)
-def topk(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`topk_rows` as an operator, for callers that may be compiled."""
+def _topk(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices = topk_rows(ranks, k)
     return values.contiguous(), indices.contiguous()
 
 
-@topk.register_fake
-def _(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _topk_fake(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values = ranks.new_empty(ranks.shape[0], k)
     return values, values.to(torch.int64)
+
+
+# `topk_rows` for callers that may be compiled
+topk = operator("topk(Tensor ranks, int k) -> (Tensor, Tensor)", _topk, _topk_fake)
+
+
+def descends(values: Tensor, above: float = -math.inf) -> bool:
+    """Whether a few rows [T, k] descend strictly and end above a bound; False if they are many.
+
+    Looked at in Python: one token at a time, when a dictionary has just gone through the caches,
+    a torch call costs 20 µs, and masks take several.
+    """
+    return len(values) <= 4 and all(
+        row[-1] > above and all(a > b for a, b in pairwise(row)) for row in values.tolist()
+    )
 
 
 def _group_topk(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:

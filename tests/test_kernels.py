@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saert.kernels import dispatch, encode
+from saert.kernels import dispatch, encode_chunks
 from saert.kernels.decode import (
     gather_dot,
     gather_dot_reference,
@@ -227,8 +227,8 @@ def test_no_tensor_outgrows_the_workspace(small_chunks):
     inputs = W.numel() * 4
     dispatch.prefers_onednn()  # measures once, on tensors of its own
     for run in (
-        lambda: encode._topk_in_chunks(x, W, b, 8, None),
-        lambda: encode._threshold_in_chunks(x, W, b, torch.tensor(4.0), None),
+        lambda: encode_chunks._topk_in_chunks(x, W, b, 8, None),
+        lambda: encode_chunks._threshold_in_chunks(x, W, b, torch.tensor(4.0), None),
     ):
         with Largest() as seen:
             run()
@@ -246,13 +246,13 @@ def screening(monkeypatch):
     """Screens although this CPU may gain nothing; counts the tokens that are encoded in full."""
     monkeypatch.setattr(dispatch, "screens", lambda W: W.dtype == torch.float32)
     in_full = []
-    plain = encode._topk
+    plain = encode_chunks._topk
 
     def counting(x, *rest):
         in_full.append(len(x))
         return plain(x, *rest)
 
-    monkeypatch.setattr(encode, "_topk", counting)
+    monkeypatch.setattr(encode_chunks, "_topk", counting)
     return in_full
 
 

@@ -65,7 +65,8 @@ def _topk_in_chunks(
         ranks = scores if weight is None else scores.relu() * weight
         best, indices = topk_rows(ranks, k)
         if weight is None and descends(best, above=0.0):  # nothing unused, tied or NaN
-            return indices, best, best.new_zeros(len(best), dtype=torch.bool)
+            nan = best.new_zeros(len(best), dtype=torch.bool)
+            return indices.contiguous(), best.contiguous(), nan
         used = best > 0
         values = best if weight is None else scores.gather(1, indices)
         return indices * used, values.where(used, 0), best[:, 0].isnan()

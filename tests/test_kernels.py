@@ -457,7 +457,10 @@ def test_the_operators_are_well_formed():
     ops = torch.ops.saert
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     zero = torch.zeros((), dtype=torch.float64)
-    opcheck(ops.encode_topk, (x, W, b, b_dec, None, None, None, None, 4, False), test_utils=checks)
+    for tokens in (1, 2, 5):
+        args = (x[:tokens], W, b, b_dec, None, None, None, None, 4, False)
+        opcheck(ops.encode_topk, args, test_utils=checks)
+        assert all(t.is_contiguous() for t in ops.encode_topk(*args))  # as the fake one says
     opcheck(ops.encode_threshold, (x, W, b, b_dec, zero, None, False), test_utils=checks)
     code = encode_topk(x, W, b, 4)
     values = code.values.detach().requires_grad_()

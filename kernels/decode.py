@@ -90,13 +90,14 @@ def _run_decode(
     wide = accumulation_dtype(W_dec.dtype)
     with no_autocast(W_dec):
         values = values.to(wide)
-        if indices.dim() == 1:
-            out = values @ W_dec[indices].to(wide)
-        elif _fused(values, W_dec):
+        if _fused(values, W_dec):
             from saert.kernels.gpu import decode as gpu
 
+            indices = indices.expand(values.shape)
             fused: Tensor = gpu.sparse_decode(indices, values, W_dec, bias, base)
             return fused
+        if indices.dim() == 1:
+            out = values @ W_dec[indices].to(wide)
         else:
             out = _decode(indices, values, W_dec)
         if bias is not None:
@@ -194,14 +195,18 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     indices, values, W_dec = ctx.saved_tensors
     _, needs_values, needs_W, needs_bias, needs_base, _ = ctx.needs_input_grad
     dvalues = dW = None
+    gradient = sparse_row_gradient if ctx.row_sparse else row_gradient
     with no_autocast(g):
-        if indices.dim() == 1:
-            indices = indices.expand(values.shape).contiguous()
+        shared = indices.dim() == 1  # then both gradients are small dense products
         if needs_values:
-            dvalues = gather_dot(g, indices, W_dec).to(values.dtype)
+            dots = g @ W_dec[indices].to(g.dtype).T if shared else gather_dot(g, indices, W_dec)
+            dvalues = dots.to(values.dtype)
         if needs_W:
-            gradient = sparse_row_gradient if ctx.row_sparse else row_gradient
-            dW = gradient(indices, values.to(g.dtype), g, W_dec.shape[0])[0].to(W_dec.dtype)
+            weights, rows = values.to(g.dtype), g
+            if shared:
+                rows, indices = weights.T @ g, indices.unsqueeze(-1)
+                weights = torch.ones_like(indices, dtype=g.dtype)
+            dW = gradient(indices, weights, rows, W_dec.shape[0])[0].to(W_dec.dtype)
     dbias = g.sum(0).to(ctx.bias_dtype) if needs_bias else None
     dbase = g.to(ctx.base_dtype) if needs_base else None
     return None, dvalues, dW, dbias, dbase, None

@@ -33,7 +33,7 @@ class Training:
         self.config = config
         self.rate = config.lr * math.sqrt(2**14 / sae.num_latents)
         self.optimiser = torch.optim.Adam(
-            sae.parameters(), lr=self.rate, betas=(0.9, 0.999), eps=6.25e-10
+            sae.parameters(), lr=self.rate, betas=(0.9, 0.999), eps=6.25e-10, fused=True
         )
         self.since = torch.zeros(sae.num_latents, dtype=torch.int64)
 

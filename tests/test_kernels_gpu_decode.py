@@ -4,18 +4,15 @@ Integers make sums exact, so what goes where is compared to the last bit; random
 to the error budget, twice plain PyTorch's, both against float64.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from saert.kernels.decode import gather_dot_reference, sparse_decode_reference
 from saert.kernels.segments import row_gradient_reference
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+from hopper import assert_all_compile  # noqa: E402
 
 from saert.kernels.gpu import decode, segments  # noqa: E402
 
@@ -316,31 +313,13 @@ def test_a_realistic_batch_on_the_device():
 
 # -- the compiler, which the interpreter says nothing about ----------------------------------------
 
-COMPILE = """
-import json, sys
-from importlib import import_module
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-for module, kernel, signature, constants, num_warps in json.load(sys.stdin):
-    function = getattr(import_module("saert.kernels.gpu." + module), kernel)
-    place = {name: (i,) for i, name in enumerate(function.arg_names)}
-    source = ASTSource(
-        function,
-        signature={name: signature.get(name, "constexpr") for name in place},
-        constexprs={place[name]: value for name, value in constants.items()},
-        attrs={place[n]: [["tt.divisibility", 16]] for n, t in signature.items() if t[0] == "*"},
-    )
-    done = compile(source, GPUTarget("cuda", 90, 32), {"num_warps": num_warps})
-    print(kernel, len(done.asm["cubin"]))
-"""
-
 
 def compilations():
     integer = dict.fromkeys(("d", "pitch", "k", "pairs", "count", "max_steps"), "i32")
 
     def case(module, kernel, pointers, scalars, constants, num_warps):
         signature = {n: f"*{t}" for n, t in pointers.items()} | {n: integer[n] for n in scalars}
-        return [module, kernel, signature, constants, num_warps]
+        return [module, kernel, signature, constants, {"num_warps": num_warps}]
 
     floats = dict.fromkeys(("values", "W_dec", "bias", "base", "out"), "fp32")
     for extras in ({"W_dec": "bf16", "base": "fp64"}, {"W_dec": "fp16"}, {}):
@@ -375,19 +354,6 @@ def compilations():
         yield entry
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_hopper_without_a_gpu(tmp_path):
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-        pytest.skip(
-            f"triton {triton.__version__} has another interface for compiling ahead of time"
-        )
-    cases = list(compilations())
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        input=json.dumps(cases),
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == len(cases)
+    assert_all_compile(compilations(), tmp_path)

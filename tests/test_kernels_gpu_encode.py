@@ -4,7 +4,6 @@ The selections get their scores directly, so anything can be put in front of the
 the last bit. Blocks, buffers and the workspace are shrunk so that a few hundred latents are many.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -19,11 +18,12 @@ from saert.kernels.encode import (
     encode_topk_reference,
 )
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 
 import interpreter  # noqa: E402, F401
+from hopper import assert_all_compile  # noqa: E402
 
 from saert.kernels.gpu import encode, scores, select  # noqa: E402
 from saert.kernels.gpu.encode import encode_threshold, encode_topk  # noqa: E402
@@ -623,25 +623,6 @@ def test_threshold_at_size_is_exact_on_the_device(tokens, n):
     assert_same(encode_threshold(x, W, None, level), encode_threshold_reference(x, W, None, 30.0))
 
 
-COMPILE = """
-import json, sys
-from importlib import import_module
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-for module, kernel, signature, constants, options in json.load(sys.stdin):
-    function = getattr(import_module("saert.kernels.gpu." + module), kernel)
-    place = {name: (i,) for i, name in enumerate(function.arg_names)}
-    source = ASTSource(
-        function,
-        signature={name: signature.get(name, "constexpr") for name in place},
-        constexprs={place[name]: value for name, value in constants.items()},
-        attrs={place[n]: [["tt.divisibility", 16]] for n in signature},
-    )
-    done = compile(source, GPUTarget("cuda", 90, 32), options)
-    print(kernel, len(done.asm["cubin"]))
-"""
-
-
 def compilations():
     def case(module, kernel, types, constants, **options):
         # "bf16*: x w" is a pointer to bfloat16 twice, "i32: n d" are two integers
@@ -675,16 +656,4 @@ def compilations():
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_hopper_without_a_gpu(tmp_path):
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-        pytest.skip(f"triton {triton.__version__} compiles ahead of time through other calls")
-    cases = list(compilations())
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        input=json.dumps(cases),
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == len(cases)
+    assert_all_compile(compilations(), tmp_path)

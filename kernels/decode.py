@@ -7,6 +7,7 @@ law). `gather_dot[t, j] = ⟨g[t], W[indices[t, j]]⟩` is its gradient with res
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from saert.kernels import dispatch
 from saert.kernels.numerics import accumulation_dtype, no_autocast
-from saert.kernels.operators import operator
+from saert.kernels.operators import operator, refuse_forward_mode
 from saert.kernels.segments import row_gradient, sparse_row_gradient
 
 
@@ -36,21 +37,27 @@ def sparse_decode(
         row_sparse: whether the gradient of W_dec is a sparse COO tensor of the touched rows.
 
     Accumulates in float32 for half-precision weights and returns that; otherwise works in and
-    returns the dtype of W_dec. Differentiable in everything but the indices.
+    returns the dtype of W_dec, or that of `base` if it is wider. Differentiable in everything but
+    the indices, in reverse mode.
 
     Raises:
         ValueError: shapes that contradict each other.
+        RuntimeError: forward-mode differentiation.
     """
     tokens, d_out = values.shape[:-1], W_dec.shape[1]
     _check(indices, values, W_dec, bias, base)
+    wide = accumulation_dtype(W_dec.dtype)
+    if base is not None and torch.promote_types(base.dtype, wide) != wide:
+        # a float64 hidden state keeps its digits where nothing is added
+        return base + sparse_decode(indices, values, W_dec, bias, row_sparse=row_sparse)
     shared = indices.dim() == 1
-    k = values.shape[-1]
+    count, k = math.prod(tokens), values.shape[-1]
     flat = [
-        indices if shared else indices.reshape(-1, k),
-        values.reshape(-1, k),
+        indices if shared else indices.reshape(count, k),
+        values.reshape(count, k),
         W_dec,
         bias,
-        None if base is None else base.reshape(-1, d_out),
+        None if base is None else base.reshape(count, d_out),
     ]
     out: Tensor = _decode_op(*flat, row_sparse)
     return out.reshape(*tokens, d_out)
@@ -225,6 +232,7 @@ _decode_op = operator(
 def _check(
     indices: Tensor, values: Tensor, W_dec: Tensor, bias: Tensor | None, base: Tensor | None
 ) -> None:
+    refuse_forward_mode("sparse_decode")
     shared = indices.dim() == 1 and values.shape[-1:] == indices.shape
     if values.shape != indices.shape and not shared:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which path runs: decided here, by device, dtype and shape, and nowhere else.
+"""Which path runs: the conditions on device, dtype and shape, which the operators only ask about.
 
 | tensors                         | encode                         | decode, gradients    |
 |---------------------------------|--------------------------------|----------------------|
@@ -16,6 +16,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,9 +104,10 @@ def prefers_onednn() -> bool:
         raise ValueError(f"SAERT_CPU_GEMM is {wish!r}, expected 'onednn', 'blas' or nothing")
     if wish == "blas" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    x, W = torch.ones(16, 512), torch.ones(16_384, 512)  # 32 MiB: from memory, as dictionaries are
+    like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    x, W = torch.ones(16, 512, **like), torch.ones(16_384, 512, **like)  # 32 MiB: from memory
     try:
-        if not torch.equal(onednn_linear(x, W, None), torch.full((16, 16_384), 512.0)):
+        if not torch.equal(onednn_linear(x, W, None), torch.full((16, 16_384), 512.0, **like)):
             return False
     except (RuntimeError, NotImplementedError):
         return False

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saert.kernels.encode_chunks import threshold_op, topk_op
 from saert.kernels.numerics import accumulation_dtype
+from saert.kernels.operators import refuse_forward_mode
 from saert.kernels.screen import Screen
 
 
@@ -53,22 +54,25 @@ def encode_topk(
         x: [*tokens, d_in], any floating dtype.
         W_enc: [num_latents, d_in]; b_enc: [num_latents] or None; b_dec: [d_in], subtracted from x.
         k: slots per token; the width is min(k, competing latents).
-        weight: [num_latents], what scores are multiplied by for the ranking alone (decoder norms);
-            taken as a constant by the gradient.
-        latents: int64 [E], the only latents that compete, ascending (AuxK: the dead ones). The
+        weight: [num_latents], finite, what scores are multiplied by for the ranking alone (decoder
+            norms); taken as a constant by the gradient. The values stay plain scores; the GPU
+            kernel divides the weight out again, which rounds twice.
+        latents: int64 [E], ascending, the only latents that compete (AuxK: the dead ones). The
             gradient reaches their rows of W_enc.
         screen: a half-precision copy of W_enc that finds candidates, for float32 weights where
             half-precision products are much faster; the result is exact with it too
             (`saert.kernels.screen`). Unused on other devices; waits for the device.
-        row_sparse: whether the gradient of W_enc is a sparse COO tensor of the touched rows.
+        row_sparse: whether the gradient of W_enc is a sparse COO tensor of the touched rows. Not
+            inside a compiled graph, which would have to know their number.
 
-    Differentiable in x, W_enc, b_enc and b_dec, through the values. Works under autocast (which
-    does not reach the scores), torch.compile, torch.export and FakeTensor; on CUDA it never waits
-    for the device.
+    Differentiable in x, W_enc, b_enc and b_dec, through the values, in reverse mode. Works under
+    autocast (which does not reach the scores), torch.compile, torch.export and FakeTensor. The
+    Triton kernels, for float32 and half precision and k up to 2048, never wait for the device.
 
     Raises:
-        ValueError: shapes that contradict each other, k below 1, or `screen` together with
-            `weight` or `latents`.
+        ValueError: shapes or devices that contradict each other, k below 1, latents that are not
+            as above, or `screen` together with `weight` or `latents`.
+        RuntimeError: forward-mode differentiation.
     """
     _check(x, W_enc, b_enc, b_dec, weight)
     if k < 1:
@@ -79,6 +83,12 @@ def encode_topk(
     if half is not None and half.shape != W_enc.shape:
         raise ValueError(
             f"encode_topk: the screen is {list(half.shape)}, W_enc {list(W_enc.shape)}"
+        )
+    if latents is not None and (latents.dtype != torch.int64 or latents.dim() != 1):
+        hint = "; of a mask take mask.nonzero().squeeze(-1)" if latents.dtype == torch.bool else ""
+        raise ValueError(
+            f"encode_topk: latents are {latents.dtype} {list(latents.shape)}, expected torch.int64 "
+            f"[E]{hint}"
         )
     flat = x.reshape(-1, x.shape[-1])
     found = topk_op(flat, W_enc, b_enc, b_dec, weight, latents, half, bounds, k, row_sparse)
@@ -99,8 +109,8 @@ def encode_threshold(
 
     `threshold` is a number, or [num_latents]; with `weight` it is compared with score · weight.
     The comparison is strict, and the threshold gets no gradient. The width is the widest token's
-    count, at least 1, which depends on the data: this waits for the device. Other arguments and
-    errors as for `encode_topk`.
+    count, at least 1, which depends on the data: this waits for the device. The other arguments
+    are those of `encode_topk`.
     """
     _check(x, W_enc, b_enc, b_dec, weight)
     level = torch.as_tensor(threshold, dtype=accumulation_dtype(W_enc.dtype), device=x.device)
@@ -125,6 +135,8 @@ def encode_topk_reference(
 ) -> Encoded:
     """The definition in plain PyTorch, dense; see `encode_topk`. Differentiable in values."""
     scores = _scores_reference(x, W_enc, b_enc, b_dec, latents)
+    if weight is not None and latents is not None:
+        weight = weight[latents]
     ranks = scores.relu() if weight is None else scores.relu() * weight
     order = ranks.sort(dim=-1, descending=True, stable=True)
     return _slots(order.values[..., :k], order.indices[..., :k], scores, latents)
@@ -187,7 +199,10 @@ def _check(
         "b_dec": (b_dec, (d_in,)),
         "weight": (weight, (num_latents,)),
     }
+    refuse_forward_mode("encode")
     for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.device != W_enc.device:
+            raise ValueError(f"encode: {name} is on {tensor.device}, but W_enc on {W_enc.device}")
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
                 f"encode: {name} is {list(tensor.shape)}, expected {list(shape)} for W_enc "

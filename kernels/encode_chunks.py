@@ -35,10 +35,13 @@ def _run_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(x):
         if latents is not None:
+            _check_latents(latents, W_enc.shape[0])
             W_enc = W_enc[latents]
             b_enc, weight = (None if t is None else t[latents] for t in (b_enc, weight))
         x, bias, weight = _prepared(x, W_enc, b_enc, b_dec, weight)
         k = min(k, W_enc.shape[0])
+        if not k or not len(x):
+            return _nothing(x, k)
         if screen is not None and screen_bounds is not None and dispatch.screens(W_enc):
             return screened_topk(x, W_enc, bias, k, screen, screen_bounds, _topk)
         indices, values, nan = _topk(x, W_enc, bias, k, weight)
@@ -72,8 +75,8 @@ def _topk_in_chunks(
         return indices * used, values.where(used, 0), best[:, 0].isnan()
 
     parts = [select(scores) for scores in _chunks(x, W_enc, bias)]
-    if len(parts) <= 1:  # the common case one token at a time: no copies
-        return parts[0] if parts else _nothing(x, k)
+    if len(parts) == 1:  # the common case one token at a time: no copies
+        return parts[0]
     indices, values, nan = (torch.cat(column) for column in zip(*parts, strict=True))
     return indices, values, nan
 
@@ -122,8 +125,8 @@ def _chunks(x: Tensor, W_enc: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
     fits = W_enc.numel() * x.dtype.itemsize <= dispatch.WIDENED
     if W_enc.dtype != x.dtype and len(x) > size and fits:  # chunks would widen it again and again
         x, W_enc = x.to(W_enc.dtype).to(x.dtype), W_enc.to(x.dtype)
-    for part in (x,) if 0 < len(x) <= size else x.split(size) if len(x) else ():
-        yield chunk_scores(part, W_enc, bias)
+    for begin in range(0, len(x), size):
+        yield chunk_scores(x[begin : begin + size], W_enc, bias)
 
 
 def _prepared(
@@ -133,17 +136,32 @@ def _prepared(
     wide = accumulation_dtype(W_enc.dtype)
     x = x.to(wide) if b_dec is None else x.to(wide) - b_dec.to(wide)
     bias = None if b_enc is None else b_enc.to(wide)
-    return x.contiguous(), bias, None if weight is None else weight.to(wide)
+    # contiguous, the bias too: oneDNN does not look at its strides
+    bias = None if bias is None else bias.contiguous()
+    weight = None if weight is None else weight.to(wide).contiguous()
+    return x.contiguous(), bias, weight
 
 
 def _with_whole_rows(W: Tensor) -> Tensor:
     return W if W.stride(1) == 1 else W.contiguous()
 
 
+def _check_latents(latents: Tensor, num_latents: int) -> None:
+    """On a CPU, where looking at them costs nothing."""
+    if latents.device.type != "cpu" or not len(latents):
+        return
+    inside = latents[0] >= 0 and latents[-1] < num_latents
+    if not (inside and (latents[1:] > latents[:-1]).all()):
+        raise ValueError(
+            f"encode_topk: latents must be ascending, each once, from 0 to {num_latents - 1}; "
+            f"found {latents.min()} to {latents.max()}"
+        )
+
+
 def _nothing(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The answer for no tokens."""
-    none = x.new_zeros(0, k)
-    return none.long(), none, none.new_zeros(0, dtype=torch.bool)
+    """The answer for no tokens, or where nothing competes."""
+    none = x.new_zeros(len(x), k)
+    return none.long(), none, none.new_zeros(len(x), dtype=torch.bool)
 
 
 def _topk_fake(

@@ -5,6 +5,9 @@ differentiable; `chunk_scores` is what the encoders call on a few tokens, and ma
 that is faster than the BLAS behind `F.linear` (MKL on AMD processors: KERNELS.md section 7).
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +35,15 @@ def linear_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
 
 
 def chunk_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
-    """`linear_scores` of a few tokens [T, d_in], by the faster product: no gradient here."""
+    """`linear_scores` of a few tokens [T, d_in], by the faster product: no gradient here.
+
+    In float32 even where `torch.set_float32_matmul_precision` allows less.
+    """
+    with _highest_precision():
+        return _product(x, W_enc, b_enc)
+
+
+def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
     if len(x) and dispatch.uses_onednn(x, W_enc):
         x, W_enc = x.contiguous(), W_enc.contiguous()
         if not dispatch.exchanges(len(x)):
@@ -42,3 +53,16 @@ def chunk_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
     if x.dtype == W_enc.dtype:
         return F.linear(x, W_enc, b_enc)
     return linear_scores(x, W_enc, b_enc)
+
+
+@contextlib.contextmanager
+def _highest_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

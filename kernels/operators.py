@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-_LIBRARY = torch.library.Library("saert", "FRAGMENT")
+_LIBRARIES: dict[str, torch.library.Library] = {}  # one an operator: reloading replaces it
 
 
 def operator(
@@ -37,12 +37,24 @@ def operator(
             f"saert::{name} has no gradient: it is one itself, or not differentiable"
         )
 
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"saert::{name}", fake, lib=_LIBRARY)
+    if name in _LIBRARIES:
+        _LIBRARIES.pop(name)._destroy()
+    library = _LIBRARIES[name] = torch.library.Library("saert", "FRAGMENT")
+    library.define(schema)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"saert::{name}", fake, lib=library)
     torch.library.register_autograd(
-        f"saert::{name}", backward or refuse, setup_context=save, lib=_LIBRARY
+        f"saert::{name}", backward or refuse, setup_context=save, lib=library
     )
     packet: Any = getattr(torch.ops.saert, name)
     overload: Callable[..., Any] = packet.default
     return overload
+
+
+def refuse_forward_mode(name: str) -> None:
+    """Raise RuntimeError under forward-mode differentiation: torch would give zeros for it."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"{name}: forward-mode differentiation (torch.func.jvp) is not defined for saert's "
+            "operators; use backward, or the plain-PyTorch reference beside the operator"
+        )

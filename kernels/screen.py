@@ -31,7 +31,7 @@ class Screen(NamedTuple):
 
     Attributes:
         weights: half precision [num_latents, d_in].
-        bounds: float32 [3], max‖w − ŵ‖, max‖ŵ‖ and max‖w‖ over latents.
+        bounds: float64 [3], max‖w − ŵ‖, max‖ŵ‖ and max‖w‖ over latents.
     """
 
     weights: Tensor
@@ -42,9 +42,11 @@ def screen(W_enc: Tensor, dtype: torch.dtype = torch.bfloat16) -> Screen:
     """A Screen for W_enc [num_latents, d_in]. It has to be made again when the weights change."""
     with torch.no_grad():
         rounded = W_enc.to(dtype)
-        away = (W_enc - rounded.to(W_enc.dtype)).norm(dim=-1).amax()
-        bounds = torch.stack([away, rounded.float().norm(dim=-1).amax(), W_enc.norm(dim=-1).amax()])
-        return Screen(rounded, bounds)
+        bounds = [
+            torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64).amax()
+            for part in (W_enc - rounded.to(W_enc.dtype), rounded, W_enc)
+        ]
+        return Screen(rounded, torch.stack(bounds))
 
 
 def screened_topk(
@@ -61,13 +63,13 @@ def screened_topk(
     x [T, d_in] and W_enc in float32, centred; `full` also finds the candidates. Waits for the
     device, to see which tokens lack the certificate.
     """
-    if not len(x):
+    wanted = k + _EXTRA
+    if wanted >= W_enc.shape[0]:  # candidates would be everything
         return full(x, W_enc, bias, k)
-    wanted = min(k + _EXTRA, W_enc.shape[0])
     if x.device.type == "cpu":
-        candidates, floor, nan = _half_candidates(x, weights, bias, wanted)
+        candidates, floor = _half_candidates(x, weights, bias, wanted)
     else:
-        candidates, screened, nan = full(x, weights, bias, wanted)
+        candidates, screened, _ = full(x, weights, bias, wanted)
         floor = screened[:, -1]
     candidates = candidates.sort(dim=-1).values  # so that the earliest of equals is the lowest
     rescored = gather_dot(x, candidates, W_enc)
@@ -77,27 +79,29 @@ def screened_topk(
     best, chosen = topk_rows(rescored.masked_fill(again, -torch.inf), k)
     indices = candidates.gather(1, chosen)
 
-    length, lost = x.norm(dim=-1), (x - x.to(weights.dtype).float()).norm(dim=-1)
-    gamma = W_enc.shape[1] * 2.0**-24
-    margin = length * (bounds[0] + 2 * gamma * bounds[2]) + lost * bounds[1]
-    certain = best[:, -1] > floor + margin
-    if wanted == W_enc.shape[0]:
-        certain |= True  # every latent was a candidate
+    exact = x.double()  # the squares of small numbers vanish in float32
+    length, lost = exact.norm(dim=-1), (exact - x.to(weights.dtype).double()).norm(dim=-1)
+    d = W_enc.shape[1]
+    margin = length * (bounds[0] + 2 * d * 2.0**-24 * bounds[2]) + lost * bounds[1] + d * 2.0**-148
+    if bias is not None:  # adding it rounds both scores
+        margin = margin + 2.0**-22 * (floor.abs() + best[:, -1].abs() + bias.abs().amax())
+    certain = best[:, -1] > floor + margin  # False for NaN
     used = best > 0
     indices, values = indices.where(used, 0), best.where(used, 0)
-    open_rows = (~certain & ~nan).nonzero().squeeze(-1)
-    if len(open_rows):
-        indices[open_rows], values[open_rows], nan[open_rows] = full(x[open_rows], W_enc, bias, k)
+    nan = torch.zeros_like(certain)
+    rest = (~certain).nonzero().squeeze(-1)
+    if len(rest):
+        indices[rest], values[rest], nan[rest] = full(x[rest], W_enc, bias, k)
     return indices, values, nan
 
 
 def _half_candidates(
     x: Tensor, weights: Tensor, bias: Tensor | None, wanted: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates, an upper bound of everyone else's screened score, and the NaN flags, on a CPU,
-    whose half-precision product is rounded to half precision again (2⁻⁷ for bfloat16)."""
+) -> tuple[Tensor, Tensor]:
+    """Candidates and an upper bound of everyone else's screened score, on a CPU, whose
+    half-precision product is rounded to half precision again (2⁻⁷ for bfloat16)."""
     rounding = torch.finfo(weights.dtype).eps
-    found, floors, nans = [], [], []
+    found, floors = [], []
     for part in x.split(dispatch.tokens_per_chunk(len(weights), torch.float32)):
         scores = F.linear(part.to(weights.dtype), weights).float()
         scores = scores if bias is None else scores + bias
@@ -105,5 +109,4 @@ def _half_candidates(
         slack = rounding * (best[:, -1].abs() + (0 if bias is None else bias.abs().amax()))
         found.append(candidates)
         floors.append(best[:, -1] + 2 * slack)
-        nans.append(best[:, 0].isnan())
-    return torch.cat(found), torch.cat(floors), torch.cat(nans)
+    return torch.cat(found), torch.cat(floors)

@@ -45,7 +45,7 @@ class Activation(nn.Module):
         b_dec: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Encoded:
-        """`encode` of the pre-activations of x [*tokens, d_in], which never exist all at once."""
+        """`encode` of the pre-activations of x [*tokens, d_in], a few tokens at a time."""
         wide = accumulation_dtype(W_enc.dtype)
         flat = x.reshape(-1, x.shape[-1]).to(wide)
         flat = flat if b_dec is None else flat - b_dec.to(wide)
@@ -104,8 +104,9 @@ class TopK(Activation):
 
     def encode(self, pre: Tensor, weight: Tensor | None = None) -> SparseCode:
         ranks = pre.detach() if weight is None else pre.detach().relu() * weight.detach()
-        best, indices = topk(ranks.reshape(-1, ranks.shape[-1]), self.k)
-        shape = (*pre.shape[:-1], self.k)
+        k = min(self.k, pre.shape[-1])
+        best, indices = topk(ranks.reshape(-1, ranks.shape[-1]), k)
+        shape = (*pre.shape[:-1], k)
         unused, indices = (best <= 0).view(shape), indices.view(shape)  # NaN is kept, to be seen
         values = pre.gather(-1, indices).masked_fill(unused, 0)
         return SparseCode(indices.masked_fill(unused, 0), values, pre.shape[-1])

@@ -215,10 +215,10 @@ class SAE(nn.Module):
         )
         if _inspectable(found.nan) and found.nan.any():
             bad = found.nan.nonzero()
+            first = f", first at token {bad[0].tolist()}" if bad.shape[1] else ""
             raise ValueError(
                 f"SAE{self._where()}: the scores of {len(bad)} of {found.nan.numel()} tokens are "
-                f"NaN, first at token {bad[0].tolist()}; the input or the weights contain NaN or "
-                "inf, or the product overflows"
+                f"NaN{first}; the input or the weights contain NaN or inf, or the product overflows"
             )
         return SparseCode(found.indices, found.values, self.num_latents)
 
@@ -307,7 +307,7 @@ class SAE(nn.Module):
     # -- the rest ------------------------------------------------------------------------------
 
     def _check_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.d_in:
+        if not x.dim() or x.shape[-1] != self.d_in:
             raise ValueError(
                 f"SAE{self._where()} reads width {self.d_in}, but the input is {list(x.shape)}"
             )
@@ -325,6 +325,8 @@ class SAE(nn.Module):
 def _inspectable(flag: Tensor) -> bool:
     """Whether a flag has a value that Python may look at: not while a graph is being recorded."""
     if torch.compiler.is_compiling() or type(flag) is not Tensor:  # a FakeTensor is a subclass
+        return False
+    if flag.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(flag):
         return False
     return not (flag.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -1,5 +1,7 @@
 """The kernels off the GPU: encode, decode and their gradients against plain PyTorch and float64."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saert.kernels import dispatch, encode_chunks
+from saert.kernels import dispatch, encode_chunks, linear, segments
+from saert.kernels import screen as screening_module
 from saert.kernels.decode import (
     gather_dot,
     gather_dot_reference,
@@ -22,7 +25,7 @@ from saert.kernels.encode import (
     encode_topk,
     encode_topk_reference,
 )
-from saert.kernels.screen import screen
+from saert.kernels.screen import Screen, screen
 from saert.kernels.segments import row_gradient, row_gradient_reference
 from saert.kernels.select import topk_rows
 
@@ -561,3 +564,149 @@ def test_a_missing_private_operator_falls_back(monkeypatch):
 def test_shapes_that_contradict_each_other(call, message):
     with pytest.raises(ValueError, match=message):
         call(*layer("random", 4, 8, 50))
+
+
+# -- what a reviewer broke -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_a_strided_bias_is_read_as_it_is(tokens, product):
+    x, W, _ = layer("random", tokens, 300, 8192)
+    wide = torch.randn(8192, 2)
+    found = encode_topk(x, W, wide[:, 0], 8)
+    assert_same(found, encode_topk(x, W, wide[:, 0].contiguous(), 8))
+    one = torch.ones(1).expand(8192)
+    assert_threshold(encode_threshold(x, W, one, 2.0), x, W, one, 2.0)
+
+
+def test_a_wider_base_keeps_its_digits():
+    base = torch.randn(3, 8, dtype=torch.float64)
+    latents, amounts, W = torch.tensor([1, 2]), torch.zeros(3, 2), torch.randn(5, 8)
+    assert torch.equal(sparse_decode(latents, amounts, W, base=base), base)
+
+
+def test_forward_mode_is_refused_instead_of_giving_zeros():
+    x, W, b = layer("random", 3, 6, 40)
+    for run in (
+        lambda w: encode_topk(x, w, b, 4).values,
+        lambda w: encode_threshold(x, w, b, 0.1).values,
+        lambda w: sparse_decode(torch.zeros(3, 2).long(), torch.ones(3, 2), w),
+    ):
+        with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+            torch.func.jvp(run, (W,), (W,))
+
+
+def test_vmap_maps_over_codes():
+    x, W, b = layer("random", 6, 6, 40)
+    mapped = torch.func.vmap(lambda x: encode_topk(x, W, b, 4).values)(x.view(2, 3, 6))
+    torch.testing.assert_close(mapped, encode_topk(x.view(2, 3, 6), W, b, 4).values)
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (torch.ones(50, dtype=torch.bool), r"torch.bool \[50\].*mask.nonzero\(\).squeeze\(-1\)"),
+        (torch.tensor([1, 2], dtype=torch.int32), r"torch.int32 \[2\], expected torch.int64"),
+        (torch.tensor([-2, -1]), "ascending, each once, from 0 to 49; found -2 to -1"),
+        (torch.tensor([3, 3]), "each once"),
+        (torch.tensor([3, 50]), "found 3 to 50"),
+    ],
+)
+def test_latents_that_cannot_be(latents, message):
+    x, W, b = layer("random", 4, 8, 50)
+    with pytest.raises(ValueError, match=message):
+        encode_topk(x, W, b, 3, latents=latents)
+
+
+@pytest.mark.parametrize("tokens", [0, 2, 9])
+def test_no_latent_competes(tokens):
+    x, W, b = layer("random", tokens, 8, 50)
+    found = encode_topk(x, W, b, 3, latents=torch.zeros(0, dtype=torch.int64))
+    assert found.indices.shape == found.values.shape == (tokens, 0) and not found.nan.any()
+    assert sparse_decode(found.indices, found.values, W).eq(0).all()
+
+
+def test_weight_and_latents_together_are_their_definition():
+    x, W, b = layer("random", 9, 12, 300)
+    weight, latents = torch.rand(300) + 0.1, torch.arange(5, 300, 7)
+    found = encode_topk(x, W, b, 6, weight=weight, latents=latents)
+    expected = encode_topk_reference(x, W, b, 6, weight=weight, latents=latents)
+    assert torch.equal(found.indices, expected.indices)
+
+
+def test_tensors_on_two_devices_are_refused():
+    x, W, b = layer("random", 4, 8, 50)
+    with pytest.raises(ValueError, match="x is on cpu, but W_enc on meta"):
+        encode_topk(x, W.to("meta"), None, 3)
+
+
+def test_the_probe_ignores_default_dtype_and_device(monkeypatch):
+    monkeypatch.setenv("SAERT_CPU_GEMM", "onednn")
+    dispatch.prefers_onednn.cache_clear()
+    expected = dispatch.prefers_onednn()
+    dispatch.prefers_onednn.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert dispatch.prefers_onednn() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        dispatch.prefers_onednn.cache_clear()
+
+
+def test_screening_survives_few_latents_tiny_numbers_and_overflow(screening, monkeypatch):
+    W = torch.tensor([[-1.0, 0.0]] * 10)
+    W[3] = torch.tensor([1.003, -1.0])
+    x = torch.ones(1, 2)
+    assert_same(encode_topk(x, W, None, 2, screen=screen(W)), encode_topk(x, W, None, 2))
+    base = torch.randn(64)
+    W = base + 1e-3 * torch.randn(4000, 64)
+    x = (base + 0.1 * torch.randn(6, 64)) * 1e-24
+    W16, bounds = screen(W)
+    for on_gpu in (False, True):  # the GPU's candidates come without the CPU's slack
+        if on_gpu:
+            monkeypatch.setattr(
+                screening_module, "_half_candidates", lambda x, w, b, k: _candidates(x, w, b, k)
+            )
+        exact = (x.double() @ W.double().T).topk(8).indices.sort().values
+        found = encode_topk(x, W, None, 8, screen=Screen(W16, bounds))
+        assert torch.equal(found.indices.sort().values, exact)
+    monkeypatch.undo()
+    monkeypatch.setattr(dispatch, "screens", lambda W: True)
+    W, x = torch.randn(4000, 64), torch.randn(6, 64) * 1e5  # beyond float16
+    found = encode_topk(x, W, None, 8, screen=screen(W, torch.float16))
+    assert not found.nan.any()
+    assert_topk(found, x, W, None, 8)
+
+
+def _candidates(x, weights, bias, wanted):
+    indices, values, _ = encode_chunks._topk_in_chunks(x, weights, bias, wanted, None)
+    return indices, values[:, -1]
+
+
+def test_scores_stay_float32_where_products_need_not(monkeypatch):
+    seen = []
+    plain = linear._product
+
+    def watching(*args):
+        seen.append(torch.get_float32_matmul_precision())
+        return plain(*args)
+
+    monkeypatch.setattr(linear, "_product", watching)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        x, W, b = layer("random", 4, 8, 50)
+        assert_topk(encode_topk(x, W, b, 3), x, W, b, 3)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
+
+
+def test_an_operator_module_can_be_reloaded():
+    x, W, b = layer("random", 4, 8, 50)
+    before = row_gradient(torch.zeros(4, 1).long(), torch.ones(4, 1), x, 5)[0]
+    importlib.reload(segments)
+    assert torch.equal(
+        segments.row_gradient(torch.zeros(4, 1).long(), torch.ones(4, 1), x, 5)[0], before
+    )

@@ -99,7 +99,7 @@ def test_rows_may_be_strided_and_nothing_beside_them_is_touched(tokens, product,
     if product == "small":
         scores.small_scores(x, W, None, out)
     else:
-        scores.chunk_scores(x, W, out)
+        scores.large_scores(x, W, out)
     assert_within_budget(out, x, W)
     out.fill_(NAN)
     assert around.isnan().all(), "wrote outside of its rows"
@@ -112,10 +112,10 @@ def test_small_scores_refuses_more_tokens_than_it_is_for():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_chunk_scores_are_not_rounded_to_the_dtype_of_the_weights(dtype):
+def test_large_scores_are_not_rounded_to_the_dtype_of_the_weights(dtype):
     x, W = torch.randn(20, 96, device=DEVICE).to(dtype), torch.randn(33, 96, device=DEVICE)
     out = torch.full((20, 33), NAN, device=DEVICE)
-    assert scores.chunk_scores(x, W.to(dtype), out) is out
+    assert scores.large_scores(x, W.to(dtype), out) is out
     assert_within_budget(out, x, W.to(dtype))
 
 

@@ -435,3 +435,19 @@ def test_repr_names_hookpoints_sizes_and_activation():
     assert "resid_post.0 -> mlp_out.0" in text
     assert f"d_in={D_IN}, num_latents={LATENTS}, d_out=7" in text
     assert "TopK(k=5)" in text
+
+
+def test_nan_is_refused_in_words_for_any_shape():
+    sae = SAE.from_weights(torch.randn(20, 6), torch.randn(20, 6), activation=TopK(3))
+    x = torch.randn(2, 3, 6)
+    x[1, 2, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"scores of 1 of 6 tokens are NaN, first at token \[1, 2\]"
+    ):
+        sae.encode(x)
+    with pytest.raises(ValueError, match="scores of 1 of 1 tokens are NaN; the input"):
+        sae.encode(x[1, 2])
+    with pytest.raises(ValueError, match=r"reads width 6, but the input is \[\]"):
+        sae.encode(torch.tensor(1.0))
+    assert sae.encode(torch.zeros(0, 6)).shape == (0, 3)
+    assert torch.func.vmap(sae)(x[:1]).shape == (1, 3, 6)

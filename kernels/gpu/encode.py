@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from saert.kernels.encode import Encoded
-from saert.kernels.gpu.scores import SMALL_TOKENS, chunk_scores, small_scores
+from saert.kernels.gpu.scores import SMALL_TOKENS, large_scores, small_scores
 from saert.kernels.gpu.select import Above, TopK
 from saert.kernels.numerics import HALF
 
@@ -165,7 +165,7 @@ class _Product:
             if x.shape[0] <= SMALL_TOKENS:
                 yield start, small_scores(x, W_rows, None, out)
             else:
-                yield start, chunk_scores(x, W_rows, out)
+                yield start, large_scores(x, W_rows, out)
 
 
 def _check(x: Tensor, W_enc: Tensor, bias: Tensor | None, weight: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """scores[t, i] = ⟨x[t], W[i]⟩ (+ bias[i]), accumulated and left in float32: what a selection reads.
 
-`small_scores` is for a handful of tokens, where reading W once is the whole cost. `chunk_scores`
+`small_scores` is for a handful of tokens, where reading W once is the whole cost. `large_scores`
 is for more, where the matrix product is: cuBLAS on one [tokens, latents] chunk, told to leave its
 float32 accumulator alone. Neither rounds a score to the weights' dtype (KERNELS.md section 4).
 """
@@ -103,7 +103,7 @@ def small_scores(x: Tensor, W_enc: Tensor, bias: Tensor | None, out: Tensor) -> 
     return out
 
 
-def chunk_scores(x: Tensor, W_rows: Tensor, out: Tensor) -> Tensor:
+def large_scores(x: Tensor, W_rows: Tensor, out: Tensor) -> Tensor:
     """x [T, d] and W_rows [n, d] of one dtype -> out float32 [T, n], rows may be strided; returned.
 
     Autocast, TF32 and reductions below float32 are off for the duration and then as they were.

@@ -172,14 +172,16 @@ def main(
     console.print(table)
     if save:
         device = f"cpu-{torch.get_num_threads()}"
+        chosen = f" --only {only}" if only else ""
         record = {
             "date": date.today().isoformat(),
             "device": f"{platform.processor() or platform.machine()}, {device} threads",
-            "command": f"python benchmarks/attach_overhead.py --rounds {rounds} --save",
+            "command": f"python benchmarks/attach_overhead.py --rounds {rounds}{chosen} --save",
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "rows": [asdict(row) for row in rows],
         }
-        path = RESULTS / f"attach_overhead-{record['date']}-{device}.json"
+        part = f"-{only}" if only else ""  # a part of the run does not replace the whole
+        path = RESULTS / f"attach_overhead{part}-{record['date']}-{device}.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         console.print(f"written to {path.relative_to(RESULTS.parents[1])}")
 

@@ -104,9 +104,12 @@ def _threshold_in_chunks(
     x: Tensor, W_enc: Tensor, bias: Tensor | None, threshold: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     found, nan = [], []
+    positive = threshold.clamp_min(0)
     for scores in _chunks(x, W_enc, bias):
-        ranks = scores if weight is None else scores * weight
-        found.append(threshold_rows(scores, (ranks > threshold) & (scores > 0)))
+        kept = scores > (positive if weight is None else 0)
+        if weight is not None:
+            kept &= scores * weight > threshold
+        found.append(threshold_rows(scores, kept))
         nan.append(scores.amax(-1).isnan())
     if not found:
         return _nothing(x, 1)

@@ -115,8 +115,8 @@ def _run_decode(
 
 
 def _fused(values: Tensor, W_dec: Tensor) -> bool:
-    dense = dispatch.decodes_densely(values.shape[1], W_dec.shape[0], W_dec.device)
-    return dispatch.uses_triton(W_dec) and not dense
+    tokens, k = values.shape
+    return dispatch.uses_triton(W_dec) and not dispatch.decodes_densely(tokens, k, W_dec)
 
 
 def _decode(indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def _decode(indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
     k = values.shape[1]
     if not values.numel():
         return values.new_zeros(len(values), d_out)
-    if dispatch.decodes_densely(k, num_latents, W_dec.device):
+    if dispatch.decodes_densely(len(values), k, W_dec):
         pieces = dispatch.pieces(num_latents, indices, values)
         return torch.cat([_dense_decode(i, v, W_dec) for i, v in pieces])
     if values.dtype == W_dec.dtype and W_dec.device.type == "cpu":

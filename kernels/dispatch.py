@@ -6,7 +6,8 @@
 | CPU                             | chunks, group maxima           | `embedding_bag`      |
 | anything else (float64, mps, …) | the same, in plain PyTorch     | the same             |
 
-The constants are measured ones; `benchmarks/kernels.py` measures them again.
+The constants for CPUs were measured on one with AVX2 (LOG.md); those for GPUs are estimates, until
+`make gpu` has run on one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 WORKSPACE = 24 << 20
 """Bytes of scores that exist at a time off the GPU. Below 32 MiB glibc hands the same memory out
-again; a larger block is mapped afresh, and zeroing its pages costs a tenth of the product."""
+again; a larger block is mapped afresh. Chunks of 64 MiB took a tenth longer."""
 
 WIDENED = 128 << 20
 """Bytes of half-precision weights that may be widened to float32 at once, for several chunks."""
@@ -74,10 +75,12 @@ def screens(W_enc: Tensor) -> bool:
     return W_enc.is_cuda
 
 
-def decodes_densely(k: int, num_latents: int, device: torch.device) -> bool:
+def decodes_densely(tokens: int, k: int, W_dec: Tensor) -> bool:
     """Whether a dense product with W_dec beats gathering k rows per token."""
-    # GPU: k rows at 4.3 TB/s against one row of arithmetic at 790 TFLOP/s (KERNELS.md section 2)
-    return k * (184 if device.type == "cuda" else 8) >= num_latents
+    factor = 8 if tokens >= 64 else 4 if tokens >= 16 else 1  # few tokens share the product
+    if W_dec.is_cuda:
+        factor = 184  # k rows at 4.3 TB/s against a row's arithmetic at 790 TFLOP/s (KERNELS.md 2)
+    return k * factor >= W_dec.shape[0]
 
 
 def uses_onednn(x: Tensor, W_enc: Tensor) -> bool:

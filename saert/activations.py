@@ -37,6 +37,12 @@ class Activation(nn.Module):
         """The activations as a SparseCode; k is the widest token's count."""
         return SparseCode.from_dense(self(pre, weight))
 
+    @property
+    def level(self) -> float | Tensor | None:
+        """What a positive pre-activation has to exceed, a number or [num_latents]; None where the
+        activation is not its pre-activation or nothing."""
+        return None
+
     def encode_input(
         self,
         x: Tensor,
@@ -46,6 +52,10 @@ class Activation(nn.Module):
         weight: Tensor | None = None,
     ) -> Encoded:
         """`encode` of the pre-activations of x [*tokens, d_in], a few tokens at a time."""
+        if (level := self.level) is not None:
+            if not isinstance(level, Tensor):
+                weight = None  # zero is passed whatever the score is multiplied by
+            return encode_threshold(x, W_enc, b_enc, level, b_dec=b_dec, weight=weight)
         wide = accumulation_dtype(W_enc.dtype)
         flat = x.reshape(-1, x.shape[-1]).to(wide)
         flat = flat if b_dec is None else flat - b_dec.to(wide)
@@ -135,15 +145,9 @@ class ReLU(Activation):
     def at(self, pre: Tensor, latents: Tensor | None, weight: Tensor | None = None) -> Tensor:
         return pre.relu()
 
-    def encode_input(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor | None,
-        b_dec: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> Encoded:
-        return encode_threshold(x, W_enc, b_enc, 0.0, b_dec=b_dec)
+    @property
+    def level(self) -> float:
+        return 0.0
 
 
 class JumpReLU(Activation):
@@ -170,15 +174,9 @@ class JumpReLU(Activation):
         score = pre if weight is None else pre * weight
         return pre.relu() * (score > threshold)
 
-    def encode_input(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor | None,
-        b_dec: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> Encoded:
-        return encode_threshold(x, W_enc, b_enc, self.threshold, b_dec=b_dec, weight=weight)
+    @property
+    def level(self) -> Tensor:
+        return self.threshold
 
 
 class BatchTopK(JumpReLU):

@@ -303,6 +303,26 @@ def test_padding_is_never_edited_and_has_empty_codes():
     assert attachment.report()["resid_post.1"].tokens == int(mask.sum())
 
 
+@pytest.mark.parametrize("splice", [False, True])
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_nan_at_padding_harms_nobody(activation, splice):
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    model, sae = copy.deepcopy(tiny("llama")), make_sae(activation=activation)
+
+    def codes():
+        with attach(model, sae, clamp(3, 1.0), splice=splice) as attachment:
+            logits(model, attention_mask=mask)
+            return attachment.codes["resid_post.1"], attachment.report()["resid_post.1"].fvu
+
+    plain, fvu = codes()
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda module, args, out: out.masked_fill(~mask.bool().unsqueeze(-1), torch.nan)
+    )
+    found, same = codes()
+    torch.testing.assert_close(found.to_dense(), plain.to_dense())
+    assert same == pytest.approx(fvu) and not found.l0()[0, :2].any()
+
+
 @pytest.mark.parametrize("rows, expected", [(0, [0]), ([1], [1]), ([0, 1], [0, 1])])
 def test_rows_select_rows_of_the_batch(rows, expected):
     where = moved(tiny("gpt2"), make_sae(), add(3, 1.0, rows=rows))

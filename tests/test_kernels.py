@@ -328,11 +328,11 @@ def test_an_edit_table_is_shared_by_all_tokens():
 
 def test_wide_codes_are_decoded_by_a_dense_product():
     W = torch.randn(64, 8)
-    assert dispatch.decodes_densely(32, 64, W.device) and not dispatch.decodes_densely(
-        2, 64, W.device
-    )
+    dense = [(tokens, dispatch.decodes_densely(tokens, 16, W)) for tokens in (1, 16, 70)]
+    assert dense == [(1, False), (16, True), (70, True)]
+    assert not dispatch.decodes_densely(70, 2, W)
     for dtype in (torch.float32, torch.bfloat16):
-        indices, values = torch.randint(64, (5, 32)), torch.randn(5, 32)
+        indices, values = torch.randint(64, (70, 32)), torch.randn(70, 32)
         found = sparse_decode(indices, values, W.to(dtype))
         expected = sparse_decode_reference(indices, values, W.to(dtype))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
@@ -370,7 +370,7 @@ def test_gradcheck_of_the_decoder(decode):
     indices, values = torch.randint(20, (5, 2)), torch.randn(5, 2).double().requires_grad_()
     assert gradcheck(lambda v, W, b, x: decode(indices, v, W, b, x), (values, W, bias, x))
     assert gradcheck(lambda v, W: decode(indices[0], v, W), (values, W))
-    wide, every = torch.randn(5, 18).double().requires_grad_(), torch.randint(20, (5, 18))
+    wide, every = torch.randn(5, 20).double().requires_grad_(), torch.randint(20, (5, 20))
     assert gradcheck(lambda v, W: decode(every, v, W), (wide, W))  # by a dense product
 
 

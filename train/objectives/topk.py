@@ -1,66 +1,55 @@
-"""The TopK objective of Gao et al. 2024 (ALGORITHMS.md 1.2 and 1.5).
+"""TopK (Gao et al. 2024; ALGORITHMS.md 1.2, 1.5, 1.6).
 
-    L = FVU(x̂, x) + α · FVU(ê, x − x̂)        ê = W_dec · ReLU(TopK_{k_aux}(scores of dead latents))
+    f = ReLU(TopK_k(W_enc (x − b_dec) + b_enc)),    x̂ = Σ f_i W_dec[i] + b_dec
+    L = FVU(x̂, x) + α · FVU(ê, x − x̂) [+ β · FVU(x̂_4k, x)]
 
-Both terms are a squared error over the batch's variance, so α means the same at every scale. The
-residual is detached: AuxK moves dead latents towards what is missing, and nothing else.
+AuxK, the second term, lets the k_aux strongest dead latents explain the residual. Multi-TopK, the
+third, decodes the 4k largest as well (β = 1/8), which gives codes that can be cut at other k.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from saert.kernels.decode import sparse_decode
-from saert.kernels.encode import encode_topk
-from saert.sae import SAE
-
-ALIVE = 1e-3  # an activation counts as firing above this; a selected zero does not
+from saert.activations import Activation, TopK
+from saert.train.dictionary import Dictionary, narrow
+from saert.train.objectives.base import (
+    Batch,
+    Loss,
+    Objective,
+    Step,
+    aux_loss,
+    summarise,
+    unexplained,
+)
 
 
 @dataclass(frozen=True)
-class Loss:
-    """`total` carries the gradient. `fired` bool [num_latents]; `l0` active latents per token."""
+class TopKObjective(Objective):
+    """k latents a token. `multi` is Multi-TopK's weight (the paper's: 1/8); 0 leaves it out."""
 
-    total: Tensor
-    fvu: Tensor
-    aux: Tensor
-    fired: Tensor
-    l0: Tensor
+    name: ClassVar[str] = "topk"
+    k: int = 32
+    aux: float = 1 / 32
+    k_aux: int | None = None  # None: the power of two nearest to d_in / 2
+    multi: float = 0.0
+    multi_factor: int = 4
 
+    def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
+        wide = d.topk(batch.x, self.k * self.multi_factor if self.multi else self.k)
+        code = narrow(wide, self.k, d.mesh) if self.multi else wide
+        reconstruction = d.decode(code, batch.x)
+        fvu = unexplained(batch.y, reconstruction, batch.variance)
+        aux = aux_loss(d, batch, reconstruction, step.dead, self.k_aux)
+        total, parts = fvu + self.aux * aux, {"aux": aux.detach()}
+        if self.multi:
+            multi = unexplained(batch.y, d.decode(wide, batch.x), batch.variance)
+            total, parts = total + self.multi * multi, parts | {"multi_fvu": multi.detach()}
+        return Loss(total, fvu.detach(), *summarise(d, code), parts)
 
-def topk_loss(
-    sae: SAE, x: Tensor, target: Tensor, dead: Tensor, k_aux: int, coefficient: float
-) -> Loss:
-    """x [tokens, d_in], target [tokens, d_out] (x for an autoencoder), dead [num_latents]."""
-    code = sae.encode(x)
-    reconstruction = sae.decode(code, x)
-    fvu = fraction_unexplained(reconstruction, target)
-    aux = aux_loss(sae, x, (target - reconstruction).detach(), dead, k_aux)
-    fired = torch.zeros_like(dead)
-    fired[code.indices[code.values > ALIVE]] = True
-    l0 = code.l0().double().mean()
-    return Loss(fvu + coefficient * aux, fvu.detach(), aux.detach(), fired, l0)
-
-
-def aux_loss(sae: SAE, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int) -> Tensor:
-    """How badly the `k_aux` strongest dead latents explain the residual; 0 if no latent is dead.
-
-    Only the dead latents are scored, and the gradient reaches their encoder rows.
-    """
-    latents = dead.nonzero().squeeze(-1)
-    if latents.numel() == 0:
-        return residual.new_zeros(())
-    b_dec = sae.b_dec if sae.subtract_b_dec else None
-    x = sae.transform(x).x
-    code = encode_topk(x, sae.W_enc, sae.b_enc, k_aux, b_dec=b_dec, latents=latents)
-    return fraction_unexplained(sparse_decode(code.indices, code.values, sae.W_dec), residual)
-
-
-def fraction_unexplained(estimate: Tensor, target: Tensor) -> Tensor:
-    """Σ‖target − estimate‖² / Σ‖target − mean target‖² over a batch `[tokens, d]`."""
-    variance = (target - target.mean(0)).square().sum()
-    # A constant target has nothing to explain; dividing by its zero variance would give inf or NaN.
-    return (target - estimate).square().sum() / variance.clamp_min(torch.finfo(target.dtype).tiny)
+    def activation(self, whole: Mapping[str, Tensor]) -> Activation:
+        return TopK(self.k)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NAME = "bundled"
+BASE_MODEL = "saert/bundled-tinystories"
 ROOT = Path(str(files("saert"))) / "bundled"
 MODEL, SAES = ROOT / "model", ROOT / "saes"
 HOOKPOINTS = tuple(sorted(path.parent.name for path in SAES.glob("*/cfg.json")))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saert.context import Context
 from saert.edits import Edit, LatentEdit, VectorEdit
 from saert.hookpoint import Hookpoint, Location
+from saert.hooks import InputHook, OutputHook
 from saert.kernels.numerics import accumulation_dtype
 from saert.plan import EditPlan, compile_plan, edit
 from saert.record import Recorder
@@ -130,10 +131,10 @@ class Tap:
         """Register in attach order, and ahead of other hooks, so that those see the edit."""
         assert self._tracker is not None
         if at.side == "out":
-            handle = at.module.register_forward_hook(_OutputHook(act), prepend=True)
+            handle = at.module.register_forward_hook(OutputHook(act), prepend=True)
             hooks: Any = at.module._forward_hooks
         else:
-            hook = _InputHook(act)
+            hook = InputHook(act)
             handle = at.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
             hooks = at.module._forward_pre_hooks
         self._handles.append(handle)
@@ -231,46 +232,6 @@ class Tap:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise no_copy()
-
-
-class _OutputHook:
-    """A forward hook that passes the module's tensor output (the first of a tuple) to `act`."""
-
-    def __init__(self, act: Callable[[Tensor], Tensor | None]) -> None:
-        self.act = act
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        several = isinstance(output, tuple | list)  # attention, old blocks; OpenAI GPT's list
-        hidden = output[0] if several else output
-        if not isinstance(hidden, Tensor):
-            raise TypeError(
-                f"{type(module).__name__} returns {type(output).__name__}, expected a tensor or a "
-                "tuple that begins with one; choose a hookpoint inside it"
-            )
-        new = self.act(hidden)
-        if new is None:
-            return None
-        return type(output)((new, *output[1:])) if several else new
-
-
-class _InputHook:
-    """A forward pre-hook that passes the module's first tensor argument to `act`."""
-
-    def __init__(self, act: Callable[[Tensor], Tensor | None]) -> None:
-        self.act = act
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if args and isinstance(args[0], Tensor):
-            new = self.act(args[0])
-            return None if new is None else ((new, *args[1:]), kwargs)
-        tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
-        name = "hidden_states" if "hidden_states" in tensors else next(iter(tensors), None)
-        if name is None:
-            raise TypeError(f"{type(module).__name__} was called without a tensor")
-        new = self.act(kwargs[name])
-        return None if new is None else (args, {**kwargs, name: new})
 
 
 def _check_width(location: Location, width: int, at: Hookpoint, verb: str) -> None:

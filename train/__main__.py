@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 import typer
 
-from saert.train.bundled import Corpus, language_model_stage, sae_stage
-from saert.train.config import BUNDLED_RECIPE, load_recipe
+from saert.train.bundle.config import BUNDLED_RECIPE, load_recipe
+from saert.train.bundle.pipeline import Corpus, language_model_stage, sae_stage
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 

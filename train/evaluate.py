@@ -1,31 +1,41 @@
-"""What an SAE keeps: FVU, L0, dead latents, and the cross-entropy that the model keeps with it.
+"""What an SAE keeps, on text that nothing was trained on.
 
     FVU = Σ‖y − ŷ‖² / Σ‖y − ȳ‖²        CE recovered = (CE_zero − CE_spliced) / (CE_zero − CE)
+    KL = mean KL(model ‖ spliced)      KL recovered = 1 − KL_spliced / KL_zero
 
-Sums are streamed in float64 with Σ‖y − ȳ‖² = Σ‖y‖² − ‖Σy‖²/N (ALGORITHMS.md 1.7). Every position
-counts, the first of each row included.
+Sums are streamed in float64 with Σ‖y − ȳ‖² = Σ‖y‖² − ‖Σy‖²/N (ALGORITHMS.md 1.7). Positions that
+are left out (special tokens) count nowhere: they are not measured, and a splice leaves them alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saert.hookpoint import Hookpoint
+from saert.hooks import hooked
 from saert.sae import SAE
-from saert.train.activations import capture, hooked
-from saert.train.objectives.topk import ALIVE
+from saert.train.activations import capture
+from saert.train.objectives.base import ALIVE
+
+DENSITY_EDGES = tuple(-6 + 0.5 * i for i in range(13))
+"""log10 of the fraction of tokens at which a latent is active: the edges of `density`, to 0."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """`dead`: the fraction of latents that never fire in `tokens`. Cross-entropies in nats."""
+    """Attributes:
+    fvu, l0: fraction of variance unexplained, active latents per token.
+    dead: the fraction of latents that never exceed 1e-3 in `tokens` tokens.
+    ce, ce_spliced, ce_zero: next-token cross-entropy of the model as it is, with the
+        reconstruction spliced in, and with zeros, in nats per token.
+    kl_spliced, kl_zero: KL divergence from the model as it is, in nats per token.
+    density: latents per bin of DENSITY_EDGES; those that are never active are in none.
+    """
 
     fvu: float
     l0: float
@@ -34,7 +44,11 @@ class Metrics:
     ce_spliced: float
     ce_zero: float
     ce_recovered: float
+    kl_spliced: float
+    kl_zero: float
+    kl_recovered: float
     tokens: int
+    density: tuple[int, ...]
 
 
 class Unexplained:
@@ -58,48 +72,97 @@ class Unexplained:
 
 
 @torch.no_grad()
-def evaluate(model: Any, sae: SAE, rows: Tensor, batch: int = 16) -> Metrics:
-    """Metrics on rows of token ids `[rows, context]` that neither model nor SAE was trained on."""
+def evaluate(
+    model: Any,
+    sae: SAE,
+    rows: Tensor,
+    batch: int = 16,
+    special: Callable[[Tensor], Tensor] | None = None,
+) -> Metrics:
+    """Metrics on rows of token ids `[rows, context]`; `special`: rows -> bool, positions to leave
+    out. The rows and the SAE go to the model's device."""
     assert sae.hookpoint is not None
     read, write = sae.hookpoint, sae.target_hookpoint or sae.hookpoint
+    device = next(model.parameters()).device
     unexplained = Unexplained()
+    count = torch.zeros(sae.num_latents, dtype=torch.float64)
     fired = torch.zeros(sae.num_latents, dtype=torch.bool)
-    active = 0
-    nats = {"plain": 0.0, "spliced": 0.0, "zero": 0.0}
+    sums: dict[str, float] = {}
     for part in rows.split(batch):
-        hidden = capture(model, part, list(dict.fromkeys((read, write))))
-        code = sae.encode(hidden[read])
-        unexplained.add(hidden[write], sae.decode(code, hidden[read]))
-        fired[code.indices[code.values > ALIVE]] = True
-        active += int(code.l0().sum())
-        reconstruction = sae.decode(code, hidden[read]).view(*part.shape, -1)
-        nats["plain"] += cross_entropy(model, part)
-        nats["spliced"] += _replaced(
-            model, part, write, partial(torch.Tensor.type_as, reconstruction)
+        used = torch.ones_like(part, dtype=torch.bool) if special is None else ~special(part)
+        part, used = part.to(device), used.flatten().to(device)
+        hidden = capture(model, part, list(dict.fromkeys((read, write))), batch)
+        x, y = hidden[read][used].to(sae.device), hidden[write]
+        code = sae.encode(x)
+        reconstruction = sae.decode(code, x)
+        unexplained.add(y[used].to(sae.device), reconstruction)
+        fired[code.indices[code.values > ALIVE].cpu()] = True
+        count += torch.bincount(code.indices[code.values > 0].cpu(), minlength=sae.num_latents)
+        splice = y.masked_scatter(used[:, None], reconstruction.to(device, y.dtype))
+        zeros = y.masked_fill(used[:, None], 0)
+        shape = (*part.shape, -1)
+        _add(
+            sums,
+            _downstream(
+                model,
+                part,
+                write,
+                {"": None, "_spliced": splice.view(shape), "_zero": zeros.view(shape)},
+            ),
         )
-        nats["zero"] += _replaced(model, part, write, torch.zeros_like)
     predicted = rows.shape[0] * (rows.shape[1] - 1)
-    ce, spliced, zero = (nats[name] / predicted for name in ("plain", "spliced", "zero"))
+    mean = {name: value / predicted for name, value in sums.items()}
+    lost, damage = mean["ce_spliced"] - mean["ce"], mean["ce_zero"] - mean["ce"]
+    density = (count[count > 0] / unexplained.count).log10()
+    edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64)
+    histogram = torch.histogram(density.clamp(DENSITY_EDGES[0], 0), edges).hist
     return Metrics(
         fvu=unexplained.fvu,
-        l0=active / unexplained.count,
+        l0=count.sum().item() / unexplained.count,
         dead=1 - fired.double().mean().item(),
-        ce=ce,
-        ce_spliced=spliced,
-        ce_zero=zero,
-        ce_recovered=(zero - spliced) / (zero - ce),
+        ce=mean["ce"],
+        ce_spliced=mean["ce_spliced"],
+        ce_zero=mean["ce_zero"],
+        ce_recovered=1 - lost / damage,
+        kl_spliced=mean["kl_spliced"],
+        kl_zero=mean["kl_zero"],
+        kl_recovered=1 - mean["kl_spliced"] / mean["kl_zero"],
         tokens=unexplained.count,
+        density=tuple(int(n) for n in histogram),
     )
 
 
-def cross_entropy(model: Any, rows: Tensor) -> float:
-    """Summed next-token cross-entropy of rows `[rows, context]`, in nats."""
-    logits = model(rows, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum").item()
+def _downstream(
+    model: Any, rows: Tensor, site: Any, instead: dict[str, Tensor | None]
+) -> dict[str, float]:
+    """Summed cross-entropy of rows `[rows, context]`, and KL from the model as it is, with the
+    hidden state at `site` replaced."""
+    found: dict[str, float] = {}
+    plain: Tensor | None = None
+    for name, hidden in instead.items():
+        logits = _logits(model, rows) if hidden is None else _replaced(model, rows, site, hidden)
+        log_p = logits[:, :-1].float().log_softmax(-1)
+        found[f"ce{name}"] = F.nll_loss(
+            log_p.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
+        ).item()
+        if plain is None:
+            plain = log_p
+        else:
+            kl = F.kl_div(log_p, plain, log_target=True, reduction="none")
+            found[f"kl{name}"] = kl.sum(dtype=torch.float64).item()
+    return found
 
 
-def _replaced(
-    model: Any, rows: Tensor, hookpoint: Hookpoint, act: Callable[[Tensor], Tensor]
-) -> float:
-    with hooked(model, hookpoint, act):
-        return cross_entropy(model, rows)
+def _logits(model: Any, rows: Tensor) -> Tensor:
+    logits: Tensor = model(rows, use_cache=False).logits
+    return logits
+
+
+def _replaced(model: Any, rows: Tensor, site: Any, hidden: Tensor) -> Tensor:
+    with hooked(model, site, lambda _: hidden):
+        return _logits(model, rows)
+
+
+def _add(sums: dict[str, float], more: dict[str, float]) -> None:
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value

@@ -30,7 +30,7 @@ class _Sum(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -41,7 +41,7 @@ class _Shared(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
@@ -91,13 +91,15 @@ class Mesh:
         """The sum of x over the shards; each shard gets the gradient of the sum."""
         if self.shards == 1:
             return x
-        return _Sum.apply(x, self._group("shards"))  # type: ignore[no-any-return]
+        found: Tensor = _Sum.apply(x, self._group("shards"))  # type: ignore[no-untyped-call]
+        return found
 
     def shared(self, x: Tensor) -> Tensor:
         """x, which every shard holds and reads; its gradient is the sum over the shards."""
         if self.shards == 1:
             return x
-        return _Shared.apply(x, self._group("shards"))  # type: ignore[no-any-return]
+        found: Tensor = _Shared.apply(x, self._group("shards"))  # type: ignore[no-untyped-call]
+        return found
 
     @torch.no_grad()
     def gather_latents(self, x: Tensor, dim: int = -1) -> Tensor:

@@ -10,6 +10,7 @@ one fit serves both. Pure functions on numbers; the losses come from elsewhere.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Sequence
@@ -28,6 +29,10 @@ NO_LEVERAGE = 1e-3
 ILL_CONDITIONED = 1e6
 # An interval that spans more than this factor of the loss term it belongs to says nothing.
 TOO_WIDE = math.log(10)
+OPEN = "the 95% interval leaves its term open by more than a factor of ten"
+# Pulls θ towards 0, so that a term the data do not need cannot run to infinity. Its share of a
+# squared residual of 0.1% is 10⁻⁴ at most, and that of the coefficients far below their errors.
+LEASH = 1e-5
 HUBER = 1.345  # in standard deviations: 95% efficient where the residuals are in fact normal
 MAD = 1.4826  # standard deviation of a normal variable over its median absolute deviation
 
@@ -147,9 +152,7 @@ class JointLaw:
 
 # Published for SAEs on GPT-4. Compute is a fraction of GPT-4's pretraining.
 GPT4_COMPUTE = PowerLaw(E=0.09, A=0.056, alpha=0.084)
-GPT4_JOINT = JointLaw(
-    alpha=-0.50, beta_k=0.26, beta_n=-0.017, gamma=-0.042, zeta=-1.32, eta=-0.085
-)
+GPT4_JOINT = JointLaw(alpha=-0.50, beta_k=0.26, beta_n=-0.017, gamma=-0.042, zeta=-1.32, eta=-0.085)
 
 
 class Law(Protocol):
@@ -167,7 +170,8 @@ class Coefficient:
 
     Attributes:
         value: the estimate; NaN if the data do not identify it.
-        low, high: the 95% bootstrap interval, also where it is too wide to call the value known.
+        low, high: the 95% bootstrap interval, also where it is too wide to call the value known;
+            NaN where the Jacobian is singular.
         standard_error: from the Jacobian; NaN if it is too ill-conditioned to invert.
     """
 
@@ -188,7 +192,7 @@ class Fit(Generic[L]):
     Attributes:
         law: the curve of least error. It predicts within the range of the points even where some
             of its coefficients are not identified: those trade off against each other.
-        coefficients: by name, in the order of the law.
+        coefficients: by the names they have in the law.
         points: what was fitted; for `fit_compute` the frontier.
         rms: root mean square of ln(loss) − ln(prediction); 0.01 is one percent.
         r_squared: of ln(loss); NaN if all losses are equal.
@@ -239,8 +243,9 @@ class Fit(Generic[L]):
         rows = [("coefficient", "value", "95% interval", "standard error")]
         for name, c in self.coefficients.items():
             value = f"{c.value:.4g}" if c.identified else "not identified"
+            interval = f"{c.low:.4g} to {c.high:.4g}" if math.isfinite(c.low) else "-"
             error = f"{c.standard_error:.2g}" if math.isfinite(c.standard_error) else "-"
-            rows.append((name, value, f"{c.low:.4g} to {c.high:.4g}", error))
+            rows.append((name, value, interval, error))
         return rows
 
 
@@ -275,10 +280,10 @@ def fit_compute(
         ValueError: fewer than four points on the frontier.
     """
     kept = frontier(points)
-    _enough(len(kept), 4, f"fit_compute: the frontier of {len(points)} points", "compute")
+    _enough(len(kept), 4, f"fit_compute: the frontier of {len(points)} points has", "compute")
     x = np.array([p.flops / unit for p in kept])
     block = math.ceil(len(kept) ** (1 / 3))
-    return _fit_power(kept, x, unit, "C", _Options(robust, draws, seed, block))
+    return _fit_power(kept, x, unit, "compute", robust=robust, draws=draws, seed=seed, block=block)
 
 
 def fit_latents(
@@ -299,10 +304,10 @@ def fit_latents(
         raise ValueError(
             f"fit_latents: found k = {found}, expected one k; select one, or use fit_joint"
         )
-    _enough(len(points), 4, f"fit_latents: {len(points)} points", "num_latents")
+    _enough(len(points), 4, "fit_latents: found", "num_latents")
     kept = sorted(points, key=lambda p: p.num_latents)
     x = np.array([float(p.num_latents) for p in kept])
-    return _fit_power(kept, x, 1.0, "N", _Options(robust, draws, seed))
+    return _fit_power(kept, x, 1.0, "num_latents", robust=robust, draws=draws, seed=seed)
 
 
 def fit_joint(
@@ -319,33 +324,304 @@ def fit_joint(
     Raises:
         ValueError: fewer than seven points.
     """
-    _enough(len(points), 7, f"fit_joint: {len(points)} points", "num_latents and k")
+    _enough(len(points), 7, "fit_joint: found", "num_latents and k")
     kept = sorted(points, key=lambda p: (p.k, p.num_latents))
     n, k = (np.log([getattr(p, name) for p in kept]) for name in ("num_latents", "k"))
     n0, k0 = n.mean(), k.mean()
     one = np.ones(len(kept))
+    # Row i: coefficient i of the law from those of the centred problem.
+    uncentre = np.eye(6)
+    uncentre[0, 1:4] = -k0, -n0, k0 * n0
+    uncentre[1, 3], uncentre[2, 3], uncentre[4, 5] = -n0, -k0, -k0
     problem = _Problem(
         reducible=np.stack([one, k - k0, n - n0, (k - k0) * (n - n0)], 1),
         irreducible=np.stack([one, k - k0], 1),
         log_loss=np.log([p.loss for p in kept]),
+        uncentre=uncentre,
+        falls_with="num_latents",
     )
+    theta, replicas = _solve(problem, robust, draws, seed, block=1)
     names = [field.name for field in fields(JointLaw)]
-    uncentre = np.eye(6)
-    uncentre[0, 1:4] = -k0, -n0, k0 * n0
-    uncentre[1, 3], uncentre[2, 3], uncentre[4, 5] = -n0, -k0, -k0
-    solution = _solve(problem, _Options(robust, draws, seed))
-    return _describe(
-        kept, problem, solution, names, uncentre, np.zeros(6, bool), JointLaw, problem.span
-    )
+    law = JointLaw(*(uncentre @ theta).tolist())
+    return _judge(law, kept, problem, theta, replicas, names, logs=[False] * 6, robust=robust)
 
 
 def _fit_power(
-    points: list[Point], x: Array, unit: float, symbol: str, options: _Options
+    points: list[Point],
+    x: Array,
+    unit: float,
+    falls_with: str,
+    *,
+    robust: bool,
+    draws: int,
+    seed: int,
+    block: int = 1,
 ) -> Fit[PowerLaw]:
+    """Fit E + A·x^(−α), x [points] in units."""
     u = np.log(x)
     one = np.ones(len(points))
     problem = _Problem(
-        reducible=np.stack([one, u.mean() - u], 1),
+        reducible=np.stack([one, u - u.mean()], 1),
         irreducible=one[:, None],
         log_loss=np.log([p.loss for p in points]),
+        # (ln A, α, ln E) from (ln A at the mean of u, −α, ln E)
+        uncentre=np.array([[1.0, -u.mean(), 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 1.0]]),
+        falls_with=falls_with,
     )
+    theta, replicas = _solve(problem, robust, draws, seed, block)
+    log_A, alpha, log_E = (problem.uncentre @ theta).tolist()
+    law = PowerLaw(E=math.exp(log_E), A=math.exp(log_A), alpha=alpha, unit=unit)
+    names, logs = ["A", "alpha", "E"], [True, False, True]
+    return _judge(law, points, problem, theta, replicas, names, logs=logs, robust=robust)
+
+
+class _Problem(NamedTuple):
+    """ln L = ln(exp(reducible · θ_r) + exp(irreducible · θ_i)), θ = (θ_r, θ_i).
+
+    The features are centred: at the origin of ln n, far from any data, all coefficients look alike.
+
+    Attributes:
+        reducible: [points, r], a column of ones, then the features; those that `irreducible` has
+            too come first, and the next one is the logarithm of what the loss should fall with.
+        irreducible: [points, i], a column of ones, then features.
+        log_loss: [points].
+        uncentre: [r + i, r + i], the reported coefficients from θ (E and A as logarithms).
+        falls_with: what the loss should fall with, in words.
+    """
+
+    reducible: Array
+    irreducible: Array
+    log_loss: Array
+    uncentre: Array
+    falls_with: str
+
+    @property
+    def features(self) -> Array:
+        """[points, r + i]: the columns that θ multiplies."""
+        return np.concatenate([self.reducible, self.irreducible], 1)
+
+    @property
+    def ranges(self) -> Array:
+        """[r + i]: by how much each column varies; 1 for the ones, for the others never below a
+        decade, or a sliver of k would make any exponent look known."""
+        intercepts = np.arange(self.features.shape[1]) % self.reducible.shape[1] == 0
+        return np.where(intercepts, 1.0, np.maximum(np.ptp(self.features, axis=0), math.log(10)))
+
+    def terms(self, theta: Array) -> tuple[Array, Array]:
+        """[points] each: the logarithms of both terms."""
+        r = self.reducible.shape[1]
+        return self.reducible @ theta[:r], self.irreducible @ theta[r:]
+
+    def log_prediction(self, theta: Array) -> Array:
+        return np.asarray(np.logaddexp(*self.terms(theta)))
+
+    def jacobian(self, theta: Array) -> Array:
+        """[points, r + i]: of the log prediction; a feature counts by its term's share."""
+        total = self.log_prediction(theta)
+        shares = [np.exp(term - total) for term in self.terms(theta)]
+        return (
+            np.repeat(
+                np.stack(shares, 1), [self.reducible.shape[1], self.irreducible.shape[1]], axis=1
+            )
+            * self.features
+        )
+
+    def starts(self) -> list[Array]:
+        """Deterministic starting points: what if the floor is this share of the least loss?
+
+        Given a floor, both terms are linear in logarithms. Where the floor may depend on k it takes
+        one share at the least k and another at the largest.
+        """
+        found = []
+        shares = (0.02, 0.3, 0.6, 0.85, 0.97)
+        slope = self.irreducible[:, -1]
+        tilt = (slope - slope.min()) / (np.ptp(slope) or 1.0)
+        groups = np.unique(self.irreducible, axis=0, return_inverse=True)[1].reshape(-1)
+        least = np.array([self.log_loss[groups == g].min() for g in groups])
+        for low in shares:
+            for high in shares if np.ptp(slope) else (low,):
+                floor = least + (1 - tilt) * math.log(low) + tilt * math.log(high)
+                rest = np.log(np.exp(self.log_loss) - np.exp(floor))
+                theta_r = np.linalg.lstsq(self.reducible, rest, rcond=None)[0]
+                theta_i = np.linalg.lstsq(self.irreducible, floor, rcond=None)[0]
+                found.append(np.concatenate([theta_r, theta_i]))
+        return found
+
+
+def _solve(
+    problem: _Problem, robust: bool, draws: int, seed: int, block: int
+) -> tuple[Array, Array]:
+    """The best θ over all starts, and [draws, θ] refits to predictions plus resampled residuals."""
+    y = problem.log_loss
+    fits = [_least_squares(problem, y, start) for start in problem.starts()]
+    theta = min(fits, key=lambda t: float(np.square(problem.log_prediction(t) - y).sum()))
+    scale = math.inf
+    if robust:
+        for _ in range(3):  # the scale of the residuals, and the fit that ignores what exceeds it
+            scale = HUBER * _spread(problem.log_prediction(theta) - y)
+            theta = _least_squares(problem, y, theta, scale)
+    centre = problem.log_prediction(theta)
+    # A fit's residuals are smaller than the errors that made them, and so few say little about
+    # their scale: Student's factor over the normal one widens the intervals accordingly.
+    freedom = len(y) - len(theta)
+    student = float(_scipy("stats").t.ppf(0.975, freedom)) / 1.96
+    residuals = (y - centre) * math.sqrt(len(y) / freedom) * student
+    random = np.random.default_rng(seed)
+    replicas = np.empty((draws, len(theta)))
+    for i in range(draws):
+        first = random.integers(len(y), size=-(-len(y) // block))
+        rows = (first[:, None] + np.arange(block)).reshape(-1)[: len(y)] % len(y)
+        # An interval does not need the tolerance of an estimate.
+        replicas[i] = _least_squares(problem, centre + residuals[rows], theta, scale, ftol=1e-6)
+    return theta, replicas
+
+
+def _least_squares(
+    problem: _Problem, y: Array, start: Array, scale: float = math.inf, ftol: float = 1e-12
+) -> Array:
+    """θ of least Σ r² over log residuals r, from `start`; linear beyond |r| = `scale` (Huber)."""
+    pull = LEASH * np.eye(len(start))
+
+    # Huber's loss as a square, so that MINPACK, ten times as fast as scipy's own, can take it:
+    # beyond the scale, s² = 2·scale·|r| − scale².
+    def residuals(theta: Array) -> Array:
+        r = problem.log_prediction(theta) - y
+        far = np.abs(r) > scale
+        r[far] = np.sign(r[far]) * np.sqrt(2 * scale * np.abs(r[far]) - scale**2)
+        return np.concatenate([r, pull @ theta])
+
+    def jacobian(theta: Array) -> Array:
+        J = problem.jacobian(theta)
+        if scale < math.inf:
+            J *= (scale / np.maximum(np.abs(residuals(theta)[: len(J)]), scale))[:, None]
+        return np.concatenate([J, pull])
+
+    solution = _scipy("optimize").least_squares(
+        residuals, start, jac=jacobian, method="lm", ftol=ftol, max_nfev=200
+    )
+    return np.asarray(solution.x)
+
+
+def _scipy(module: str) -> Any:
+    try:
+        return importlib.import_module(f"scipy.{module}")
+    except ImportError as error:
+        raise ImportError(
+            "fitting scaling laws needs scipy, which is not installed: pip install 'saert[train]'"
+        ) from error
+
+
+def _spread(residuals: Array) -> float:
+    """Their standard deviation were they normal, whatever the outliers do; never 0."""
+    return max(MAD * float(np.median(np.abs(residuals))), 1e-8)
+
+
+def _judge(
+    law: L,
+    points: Sequence[Point],
+    problem: _Problem,
+    theta: Array,
+    replicas: Array,
+    names: list[str],
+    *,
+    logs: list[bool],
+    robust: bool,
+) -> Fit[L]:
+    """Intervals, standard errors and what the data do not identify. `logs`: reported as exp."""
+    y = problem.log_loss
+    residuals = y - problem.log_prediction(theta)
+    condition, errors = _standard_errors(problem, theta, residuals, robust)
+    reasons = _unidentified(problem, theta, replicas, condition)
+    coefficients, notes = {}, []
+    reported = replicas @ problem.uncentre.T
+    for i, name in enumerate(names):
+        value = float(problem.uncentre[i] @ theta)
+        low, high = np.quantile(reported[:, i], [0.025, 0.975]).tolist()
+        why = [r for r, used in zip(reasons, problem.uncentre[i], strict=True) if r and used]
+        if (high - low) * problem.ranges[i] > TOO_WIDE:
+            why.append(OPEN)
+        error = float(errors[i])
+        if logs[i]:
+            value, low, high = np.exp([value, low, high]).tolist()
+            error *= value
+        if why:
+            value = math.nan
+            if not condition < ILL_CONDITIONED:  # where such a refit ends is where it began
+                low, high = math.nan, math.nan
+            notes.append(f"{name} is not identified: {why[0]}")
+        coefficients[name] = Coefficient(value, low, high, error)
+    variation = float(np.square(y - y.mean()).sum())
+    unexplained = float(np.square(residuals).sum())
+    return Fit(
+        law,
+        coefficients,
+        tuple(points),
+        rms=math.sqrt(unexplained / len(y)),
+        r_squared=1 - unexplained / variation if variation > 0 else math.nan,
+        condition=condition,
+        draws=len(replicas),
+        notes=tuple(notes),
+    )
+
+
+def _standard_errors(
+    problem: _Problem, theta: Array, residuals: Array, robust: bool
+) -> tuple[float, Array]:
+    """The condition number of the Jacobian, and [coefficients] errors of what is reported."""
+    J = problem.jacobian(theta)
+    norms = np.linalg.norm(J, axis=0)
+    if not norms.all():
+        return math.inf, np.full(len(theta), math.nan)
+    condition = float(np.linalg.cond(J / norms))
+    if not condition < ILL_CONDITIONED:
+        return condition, np.full(len(theta), math.nan)
+    freedom = len(residuals) - len(theta)
+    variance = float(np.square(residuals).sum()) / freedom
+    if robust:
+        variance = _spread(residuals) ** 2 * len(residuals) / freedom
+    half = problem.uncentre @ np.linalg.pinv(J)
+    return condition, np.sqrt(variance * np.square(half).sum(1))
+
+
+def _unidentified(
+    problem: _Problem, theta: Array, replicas: Array, condition: float
+) -> list[str | None]:
+    """Why the data do not tell each of θ, None where they do."""
+    r, shared = problem.reducible.shape[1], problem.irreducible.shape[1]
+    low, high = np.quantile(replicas, [0.025, 0.975], axis=0)
+    if high[shared] >= 0:
+        return [
+            f"the loss does not fall with {problem.falls_with} beyond its noise, so the reducible "
+            "and the irreducible term cannot be told apart"
+        ] * len(theta)
+    J = problem.jacobian(theta)
+    norms = np.linalg.norm(J, axis=0)
+    _, singular, directions = np.linalg.svd(J / np.where(norms > 0, norms, 1.0))
+    flat = np.abs(directions[singular < singular[0] / ILL_CONDITIONED]) > 0.1
+    reasons: list[str | None] = []
+    for i in range(len(theta)):
+        why = None
+        if norms[i] < NO_LEVERAGE * math.sqrt(len(J)):
+            why = f"no loss moves with it by more than {NO_LEVERAGE:.1%}; vary k or num_latents"
+        elif flat[:, i].any():
+            why = f"others can take its place (condition number {condition:.1e})"
+        elif (high[i] - low[i]) * problem.ranges[i] > TOO_WIDE:
+            why = OPEN
+        reasons.append(why)
+    for first, last in ((0, r), (r, len(theta))):
+        if reasons[first]:  # the slopes of a term of unknown size mean nothing
+            reasons[first:last] = [why or reasons[first] for why in reasons[first:last]]
+    return reasons
+
+
+def _enough(found: int, needed: int, what: str, vary: str) -> None:
+    """Raise unless there is one point more than coefficients."""
+    if found < needed:
+        raise ValueError(
+            f"{what} {found} points for {needed - 1} coefficients, expected at least {needed}; "
+            f"add runs that differ in {vary}"
+        )
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None

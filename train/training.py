@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from saert.train.dictionary import REPLICATED, Dictionary
@@ -67,6 +65,12 @@ class Training:
             eps=config.eps,
             fused=True,
         )
+        for p in dictionary.parameters():  # there from the start, so that a checkpoint can fill it
+            self.optimiser.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
         device = dictionary.W_enc.device
         self.since = torch.zeros(dictionary.local, dtype=torch.int64, device=device)
         self.average: dict[str, Tensor] = {}
@@ -146,14 +150,12 @@ class Training:
             found["W_dec"] = unit(found["W_dec"])
         return found
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors only, of this shard; `updates` is the number of steps taken."""
-        state: dict[str, Any] = {"since": self.since, **self.dictionary.tensors()}
+    def state_dict(self) -> dict[str, Tensor]:
+        """This shard's tensors, to save or to be filled in place; `updates` is not among them."""
+        state: dict[str, Tensor] = {"since": self.since, **self.dictionary.tensors()}
         state |= {f"average.{name}": t for name, t in self.average.items()}
-        names = [name for name, _ in self.dictionary.named_parameters()]
-        moments = self.optimiser.state_dict()["state"]
-        for i, name in enumerate(names):
-            for moment, value in moments.get(i, {}).items():
+        for name, parameter in self.dictionary.named_parameters():
+            for moment, value in self.optimiser.state[parameter].items():
                 state[f"{moment}.{name}"] = value
         return state
 
@@ -174,7 +176,8 @@ def normalise_decoder(d: Dictionary) -> None:
 
 def unit(rows: Tensor) -> Tensor:
     """Rows of unit norm; a row of zeros stays zero."""
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    length: Tensor = rows.norm(dim=-1, keepdim=True)
+    return rows / length.clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 @torch.no_grad()
@@ -183,10 +186,12 @@ def clip_gradient(d: Dictionary, limit: float | None) -> Tensor:
 
     Exact over shards: their latents' squares are summed, and what all hold is counted once.
     """
-    squares = {name: p.grad.double().square().sum() for name, p in d.named_parameters() if p.grad is not None}  # fmt: skip
-    own = [v for name, v in squares.items() if name not in REPLICATED]
-    shared = [v for name, v in squares.items() if name in REPLICATED]
-    norm = (d.mesh.sum_latents(torch.stack(own).sum()) + torch.stack(shared).sum()).sqrt()
+    own = shared = d.b_dec.new_zeros((), dtype=torch.float64)
+    for name, p in d.named_parameters():
+        if p.grad is not None:
+            square = p.grad.double().square().sum()
+            own, shared = (own, shared + square) if name in REPLICATED else (own + square, shared)
+    norm = (d.mesh.sum_latents(own) + shared).sqrt()
     if limit is not None:
         factor = (limit / norm.clamp_min(limit)).item()
         for p in d.parameters():

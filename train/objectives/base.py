@@ -1,8 +1,8 @@
 """What an objective is, and the two terms that most of them share.
 
-An objective is frozen data, its hyper-parameters, with one method for the loss. Losses are *shares*:
-a process computes the part of the batch's loss that its own tokens cause, over global denominators,
-so that gradients and logged numbers are sums over processes and equal those of one process.
+An objective is frozen data, its hyper-parameters, with one method for the loss. Losses are
+*shares*: a process computes the part of the batch's loss that its own tokens cause, over global
+denominators, so that gradients and logged numbers are sums over processes and equal those of one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Batch:
             the dictionary is a transcoder).
         tokens: of the whole batch, over all replicas; x[0] is its token number `first`.
         variance: Σ‖y − ȳ‖² over the whole batch.
-        gradient: [T, d_in], ∇_x of the language model's loss, if the objective `wants` it.
+        gradient: [T, d_out], ∇_y of the language model's loss, if the objective `wants` it: at the
+            hookpoint where the dictionary writes, the target's for a transcoder.
         downstream: (reconstruction [T, d_out]) -> this replica's share of the batch's mean
             KL(model ‖ model with the reconstruction spliced in), differentiable, if it wants that.
     """
@@ -99,6 +100,8 @@ class Objective(ABC):
             `normalise = "auto"`.
         unit_decoder: whether decoder directions keep unit norm, and lose the gradient along them.
         subtract_b_dec: whether an autoencoder encodes x − b_dec.
+        decoder_norm: of a new decoder's directions; other than 1 only without `unit_decoder`.
+        has_b_enc: whether the exported SAE has a b_enc; a gated one's biases are its activation's.
         wants: what a batch must carry besides activations: "gradient", "downstream".
         lr, betas: of Adam, where the configuration leaves them open; lr at 16,384 latents.
     """
@@ -107,6 +110,8 @@ class Objective(ABC):
     normalise: ClassVar[str] = "none"
     unit_decoder: ClassVar[bool] = True
     subtract_b_dec: ClassVar[bool] = True
+    decoder_norm: ClassVar[float] = 1.0
+    has_b_enc: ClassVar[bool] = True
     wants: ClassVar[str | None] = None
     lr: ClassVar[float] = 2e-4
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,3 +144,23 @@ class Rows:
             self.epoch = epoch
         index = torch.arange(i * self.batch, (i + 1) * self.batch) % len(self.rows)
         return self.rows[index]
+
+
+class PackedRows:
+    """The rows of `pack`, epoch after epoch, as a training stream takes them."""
+
+    def __init__(self, documents: Sequence[Sequence[int]], context: int, seed: int) -> None:
+        self.rows = Rows(documents, context, 1, seed)
+        self.position = 0
+
+    def take(self, count: int) -> Tensor:
+        """The next rows, int64 `[count, context]`."""
+        found = [self.rows[self.position + i] for i in range(count)]
+        self.position += count
+        return torch.cat(found)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.position = state["position"]

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.progress import Progress, TextColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from saert.train.config import LanguageModelConfig
-from saert.train.data import CUT, CUT_ID, END, END_ID, Rows, Segment
+from saert.train.bundle.config import LanguageModelConfig
+from saert.train.bundle.windows import CUT, CUT_ID, END, END_ID, Rows, Segment
+from saert.train.schedule import trapezoid
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
@@ -81,11 +82,6 @@ def new_model(config: LanguageModelConfig, vocab_size: int) -> GPT2LMHeadModel:
     return model
 
 
-def trapezoid(step: int, steps: int, warmup: int, decay: float) -> float:
-    """The rate's factor at a step: up linearly, 1, and down linearly to 0 after the last step."""
-    return min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1.0, decay * steps))
-
-
 def _optimiser(model: GPT2LMHeadModel, config: LanguageModelConfig) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -123,15 +119,13 @@ def train_language_model(
         done = state["step"]
     last = config.steps if stop is None else min(stop, config.steps)
 
-    bar = tqdm(
-        total=config.steps * rows.batch * rows.context,
-        initial=done * rows.batch * rows.context,
-        desc="language model",
-        unit="tok",
-        unit_scale=True,
-        mininterval=2,
+    bar = Progress(
+        *Progress.get_default_columns(),
+        TextColumn("{task.fields[note]}"),
         disable=not progress or rank > 0,
     )
+    task = bar.add_task("language model", total=config.steps, completed=done, note="")
+    bar.start()
     model.train()
     for step in range(done, last):
         for group in optimiser.param_groups:
@@ -146,9 +140,9 @@ def train_language_model(
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimiser.step()
         optimiser.zero_grad()
-        bar.update(batch.numel())
+        bar.update(task, completed=step + 1)
         if step % 10 == 0:
-            bar.set_postfix(step=step, loss=f"{loss.item():.3f}")
+            bar.update(task, note=f"loss {loss.item():.3f}")
         if checkpoint is not None and rank == 0 and ((step + 1) % every == 0 or step + 1 == last):
             state = {
                 "step": step + 1,
@@ -158,7 +152,7 @@ def train_language_model(
             partial = checkpoint.with_suffix(".partial")
             torch.save(state, partial)
             partial.replace(checkpoint)  # a cut write never destroys the last good state
-    bar.close()
+    bar.stop()
     model.eval()
     return model
 

@@ -1,14 +1,13 @@
 """The embedded default: text → tokenizer → language model → SAEs → metrics → model cards.
 
 Each stage is skipped when its own output exists, and continues from its checkpoint when it was
-cut: the same command finishes a stopped run. Under torchrun the ranks share the language model's
-batches, and then each trains its own share of the SAEs.
+cut: the same command finishes a stopped run. Under torchrun the ranks share the batches.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,20 @@ from transformers import (
 )
 
 from saert.hookpoint import Hookpoint
+from saert.hub import bundled
 from saert.hub.format import save
-from saert.train import cards
-from saert.train.config import Recipe
-from saert.train.data import (
+from saert.train.bundle import cards
+from saert.train.bundle.config import Recipe, SAEConfig
+from saert.train.bundle.language_model import (
+    bits_per_character,
+    new_model,
+    train_language_model,
+    train_tokenizer,
+)
+from saert.train.bundle.windows import (
     CUT_ID,
     END_ID,
+    PackedRows,
     Segment,
     frame,
     pack,
@@ -37,15 +44,12 @@ from saert.train.data import (
     split_windows,
 )
 from saert.train.evaluate import evaluate
-from saert.train.language_model import (
-    bits_per_character,
-    new_model,
-    train_language_model,
-    train_tokenizer,
-)
-from saert.train.loop import train_saes
+from saert.train.mesh import Mesh
+from saert.train.objectives.topk import TopKObjective
+from saert.train.run import Job, Plan, Run
+from saert.train.stream import ActivationStream, StreamConfig
+from saert.train.training import OptimiserConfig
 
-BASE_MODEL = "saert/bundled-tinystories"
 PROMPT = "Once upon a time"
 
 Encoder = Callable[[Segment], tuple[list[int], list[int]]]
@@ -169,35 +173,67 @@ def sae_stage(
     work: Path,
     out: Path,
 ) -> None:
-    """Train this rank's share of `out/saes/<hookpoint>`, measure it and write its card."""
-    config, (rank, world) = recipe.sae, rank_and_world()
-    wanted = [(h, None) for h in config.hookpoints] + list(config.transcoders)
-    pairs = [
-        (Hookpoint.parse(h), None if target is None else Hookpoint.parse(target))
-        for h, target in wanted[rank::world]
-        if not (out / "saes" / h / "README.md").exists()
-    ]
-    if not pairs:
+    """Train `out/saes/<hookpoint>`, measure them and write their cards. Ranks share the tokens."""
+    c, context, mesh = recipe.sae, recipe.language_model.context, Mesh.of()
+    if all((out / "saes" / job.name / "README.md").exists() for job in sae_jobs(c)):
         return
-    context = recipe.language_model.context
-    checkpoint = work / ("saes-" + "-".join(str(h) for h, _ in pairs) + ".pt")
-    documents = tokenize(tokenizer, corpus.train)
-    saes = train_saes(model, documents, pairs, config, context, checkpoint, progress=rank == 0)
+    rows = PackedRows(tokenize(tokenizer, corpus.train), context, c.seed)
+    jobs = sae_jobs(c)
+    stream = ActivationStream(
+        lambda: model,
+        rows,
+        list(dict.fromkeys(s for job in jobs for s in (job.hookpoint, job.target) if s)),
+        context,
+        StreamConfig(c.batch_tokens, c.buffer_tokens, exclude_special=False),
+        special=torch.zeros_like,
+        mesh=mesh,
+        seed=c.seed,
+    )
+    plan = Plan(
+        steps=c.tokens // c.batch_tokens,
+        optimiser=OptimiserConfig(
+            lr=c.lr, warmup=c.warmup, decay=c.decay, dead_tokens=c.dead_tokens
+        ),
+        save_every=200,
+    )
+    run = Run(jobs, stream, plan, work / "saes", mesh)
+    run.train(lambda step, logs: _say(step, plan.steps, logs) if mesh.is_first else None)
     heldout = pack(tokenize(tokenizer, corpus.heldout), context, seed=0)[:-1]  # the last is padded
-    for sae in saes:
-        folder = out / "saes" / str(sae.hookpoint)
-        metrics = asdict(evaluate(model, sae, heldout))
-        sae.metadata = metadata(model, recipe, metrics)
-        save(sae, folder)
-        _write_json(folder / "metrics.json", metrics)
-        (folder / "README.md").write_text(cards.sae(sae, recipe, metrics), encoding="utf-8")
+    for member in run.members:
+        sae, folder = member.sae(), out / "saes" / member.job.name
+        if mesh.is_first:
+            metrics = asdict(evaluate(model, sae, heldout))
+            sae.metadata = metadata(model, recipe, metrics)
+            save(sae, folder)
+            _write_json(folder / "metrics.json", metrics)
+            (folder / "README.md").write_text(cards.sae(sae, recipe, metrics), encoding="utf-8")
+    mesh.wait()
+
+
+def sae_jobs(c: SAEConfig) -> list[Job]:
+    """TopK at every hookpoint, and the transcoders with their own size."""
+
+    def job(read: str, write: str | None, num_latents: int, k: int) -> Job:
+        objective = TopKObjective(k=k, aux=c.aux_coefficient, k_aux=c.k_aux)
+        target = None if write is None else Hookpoint.parse(write)
+        return Job(read, Hookpoint.parse(read), target, num_latents, objective, c.seed)
+
+    return [job(h, None, c.num_latents, c.k) for h in c.hookpoints] + [
+        job(h, target, c.transcoder_latents, c.transcoder_k) for h, target in c.transcoders
+    ]
+
+
+def _say(step: int, steps: int, logs: Mapping[str, Mapping[str, float]]) -> None:
+    if step % 50 == 0 or step == steps:
+        found = "  ".join(f"{h} {log['fvu']:.3f}/{log['dead']:.0%}" for h, log in logs.items())
+        print(f"SAEs: step {step:,} of {steps:,}: {found}")
 
 
 def metadata(model: Any, recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
     """What an SAE's cfg.json says of where it comes from and how good it is."""
     fields = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     return {
-        "base_model": BASE_MODEL,
+        "base_model": bundled.BASE_MODEL,
         "base_model_config": {name: getattr(model.config, name) for name in fields},
         "context_size": recipe.language_model.context,
         "training": {"recipe": recipe.name, **asdict(recipe.sae)},

@@ -1,0 +1,68 @@
+"""Hooks that find a module's hidden state, however it is passed in or returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from saert.hookpoint import Hookpoint
+
+Act = Callable[[Tensor], Tensor | None]
+
+
+@contextmanager
+def hooked(model: nn.Module, hookpoint: Hookpoint, act: Act) -> Iterator[None]:
+    """Call `act` on the hidden state at a hookpoint; what it returns, if anything, replaces it."""
+    location = hookpoint.resolve(model)
+    handle = (
+        location.module.register_forward_pre_hook(InputHook(act), with_kwargs=True)
+        if location.side == "in"
+        else location.module.register_forward_hook(OutputHook(act))
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class OutputHook:
+    """A forward hook that passes the module's tensor output (the first of a tuple) to `act`."""
+
+    def __init__(self, act: Act) -> None:
+        self.act = act
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        several = isinstance(output, tuple | list)  # attention, old blocks; OpenAI GPT's list
+        hidden = output[0] if several else output
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"{type(module).__name__} returns {type(output).__name__}, expected a tensor or a "
+                "tuple that begins with one; choose a hookpoint inside it"
+            )
+        new = self.act(hidden)
+        if new is None:
+            return None
+        return type(output)((new, *output[1:])) if several else new
+
+
+class InputHook:
+    """A forward pre-hook that passes the module's first tensor argument to `act`."""
+
+    def __init__(self, act: Act) -> None:
+        self.act = act
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if args and isinstance(args[0], Tensor):
+            new = self.act(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        name = "hidden_states" if "hidden_states" in tensors else next(iter(tensors), None)
+        if name is None:
+            raise TypeError(f"{type(module).__name__} was called without a tensor")
+        new = self.act(kwargs[name])
+        return None if new is None else (args, {**kwargs, name: new})

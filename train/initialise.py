@@ -1,0 +1,133 @@
+"""Where a dictionary starts (Gao et al. 2024; ALGORITHMS.md 1.3), for any number of shards alike.
+
+b_dec at the geometric median of the target, encoder and decoder rows the same random directions,
+and the encoder scaled so that a reconstruction is about as long as what it reconstructs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saert.sae import SAE
+from saert.train.dictionary import Dictionary
+from saert.train.mesh import Mesh
+from saert.train.objectives.base import Objective
+from saert.train.training import unit
+from saert.train.units import Units
+
+BLOCK = 1024  # rows drawn with one seed, so that a shard can draw its own rows alone
+
+
+def random_directions(rows: slice, d: int, seed: int, device: torch.device | str) -> Tensor:
+    """Unit vectors float32 [rows, d]; a row depends on its number and the seed only."""
+    blocks = range(rows.start // BLOCK, -(-rows.stop // BLOCK))
+    drawn = []
+    for block in blocks:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
+        drawn.append(torch.randn(BLOCK, d, generator=generator))
+    first = blocks.start * BLOCK
+    return unit(torch.cat(drawn)[rows.start - first : rows.stop - first]).to(device)
+
+
+def geometric_median(x: Tensor, steps: int = 100, tolerance: float = 1e-5) -> Tensor:
+    """The point of least summed distance to the rows of x `[tokens, d]` (Weiszfeld)."""
+    guess = x.mean(0)
+    for _ in range(steps):
+        # A row at the guess has distance zero: its weight must stay finite.
+        weights = (x - guess).norm(dim=-1).clamp_min(1e-9).reciprocal()
+        moved: Tensor = (weights[:, None] * x).sum(0) / weights.sum()
+        if (moved - guess).norm() <= tolerance * guess.norm():
+            return moved
+        guess = moved
+    return guess
+
+
+@torch.no_grad()
+def new_dictionary(
+    x: Tensor,
+    y: Tensor,
+    num_latents: int,
+    objective: Objective,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    transcodes: bool = False,
+    skip: bool = False,
+    compute: torch.dtype | None = None,
+) -> Dictionary:
+    """A dictionary for x [tokens, d_in] -> y [tokens, d_out], a sample that is the same on all
+    ranks, in the units of training; its dtype is the weights'.
+
+    Raises ValueError if the shards do not divide the latents, or the objective asks for more
+    latents a token than there are.
+    """
+    local = num_latents // mesh.shards
+    if num_latents % mesh.shards:
+        raise ValueError(f"{mesh.shards} shards do not divide {num_latents} latents")
+    k = getattr(objective, "k", None)
+    if k is not None and k > num_latents:
+        raise ValueError(f"objective {objective.name}: k is {k}, but num_latents {num_latents}")
+    rows = slice(mesh.shard * local, (mesh.shard + 1) * local)
+    W_enc = random_directions(rows, x.shape[1], seed, x.device).to(x.dtype)
+    centre, b_dec = geometric_median(x), geometric_median(y)
+    if transcodes:
+        # Equal spread of the scores gives each latent its turn among the k largest, and W_dec
+        # starts where the target goes when x goes along W_enc: a latent that never wins, or writes
+        # at random and is switched off by the first gradients, does not come back.
+        W_enc /= ((x - centre) @ W_enc.T).std(0)[:, None]
+        W_dec = unit(W_enc @ ((x - centre).T @ (y - b_dec)))
+    else:
+        W_dec = W_enc.clone()
+    W_dec *= getattr(objective, "decoder_norm", 1.0)
+    subtract = objective.subtract_b_dec and not transcodes
+    # the encoder sees x − centre, one way or the other
+    b_enc = torch.zeros_like(W_enc[:, 0]) if subtract else -W_enc @ centre
+    W_skip = x.new_zeros(y.shape[1], x.shape[1]) if skip else None
+    d = Dictionary(
+        W_enc, W_dec, b_enc, b_dec, W_skip,
+        num_latents=num_latents, mesh=mesh, subtract_b_dec=subtract, compute=compute,
+    )  # fmt: skip
+    if k is not None:
+        written = d.decode(d.topk(x, k), bias=False).norm(dim=-1).mean()
+        scale = (y - b_dec).norm(dim=-1).mean() / written.clamp_min(1e-12)
+        d.W_enc.mul_(scale)
+        d.b_enc.mul_(scale)
+    return d
+
+
+@torch.no_grad()
+def start_from(d: Dictionary, sae: SAE, units: Units) -> None:
+    """Give a dictionary the weights of a saved SAE, for fine-tuning. Thresholds and other numbers
+    of an objective stay where it starts them.
+
+    Raises ValueError if the SAE has other shapes, or reads through another input transform.
+    """
+    found = [sae.num_latents, sae.d_in, sae.d_out]
+    if found != [d.num_latents, d.d_in, d.d_out]:
+        raise ValueError(
+            f"init: the SAE has num_latents, d_in, d_out = {found}, this run "
+            f"{[d.num_latents, d.d_in, d.d_out]}"
+        )
+    if sae.input_transform != units.transform or (sae.W_skip is None) != (d.W_skip is None):
+        raise ValueError(
+            f"init: the SAE has {sae.input_transform} and W_skip {sae.W_skip is not None}; this "
+            f"run trains with {units.transform} and W_skip {d.W_skip is not None}"
+        )
+    stored: dict[str, Tensor] = {
+        name: t for name, t in sae.named_parameters() if name in ("W_enc", "W_dec", "b_enc")
+    }
+    whole = units.unfold(
+        {
+            "b_enc": d.b_enc.new_zeros(d.num_latents),
+            **stored,
+            "b_dec": sae.b_dec,
+            "W_skip": sae.W_skip,
+        }
+    )
+    for name in ("W_enc", "W_dec", "b_enc"):
+        getattr(d, name).copy_(whole[name][d.latents])
+    for name in ("b_dec", "W_skip"):
+        if whole.get(name) is not None:
+            getattr(d, name).copy_(whole[name])
+    d.subtract_b_dec = sae.subtract_b_dec

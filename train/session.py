@@ -1,0 +1,398 @@
+"""One training run from a configuration to a folder that can be published.
+
+    FOLDER/run.json             configuration, versions, git commit, what the data and model were
+           checkpoints/         to go on from, pruned
+           metrics.jsonl tensorboard/
+           saes/resid_post.6/   cfg.json, sae_weights.safetensors, metrics.json, training.json and
+                                a card
+
+The same command goes on with a stopped run and leaves a finished one alone; another configuration
+in the same folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cached_property, partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from saert.hub import bundled
+from saert.hub.format import save
+from saert.hub.load import load_string
+from saert.sae import SAE
+from saert.train.cache import Cache, write_atomically
+from saert.train.cards import card
+from saert.train.config import ConfigError, TrainConfig
+from saert.train.evaluate import Metrics, evaluate
+from saert.train.mesh import Mesh
+from saert.train.report import Report
+from saert.train.row_stream import RowStream
+from saert.train.rows import Prefetched, TokenRows, heldout_rows, special_mask
+from saert.train.run import Job, Plan, Run, Stream
+from saert.train.stream import ActivationStream
+from saert.train.text import Documents
+
+RECORD = "run.json"
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+          "fp64": torch.float64}  # fmt: skip
+FREE = ("checkpoint", "evaluation", "shards")  # may change when a run goes on
+
+
+class Session:
+    """What a run needs, made from its configuration when first used."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        device: str = "cpu",
+        mesh: Mesh | None = None,
+        cache: Path | None = None,
+        cache_gb: float = 10.0,
+    ) -> None:
+        self.config, self.device, self.mesh = config, device, mesh or Mesh()
+        self.cache_folder, self.cache_gb = cache, cache_gb
+
+    @cached_property
+    def model(self) -> Any:
+        """The language model, frozen, in evaluation mode."""
+        c = self.config.model
+        if c.dtype not in DTYPES:
+            raise ConfigError(f"model.dtype is {c.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if c.name == "bundled":
+            model = bundled.model()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                c.name, revision=c.revision, dtype=DTYPES[c.dtype]
+            )
+        return model.eval().requires_grad_(False).to(self.device)
+
+    @cached_property
+    def facts(self) -> Any:
+        """The language model's configuration; a run from a complete cache needs no more of it."""
+        c = self.config.model
+        name = bundled.MODEL if c.name == "bundled" else c.name
+        return AutoConfig.from_pretrained(name, revision=c.revision)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        c = self.config.model
+        if c.name == "bundled":
+            return bundled.tokenizer()
+        return AutoTokenizer.from_pretrained(c.name, revision=c.revision)
+
+    @cached_property
+    def documents(self) -> Documents:
+        return Documents(self.config.data)
+
+    @property
+    def special(self) -> Callable[[Tensor], Tensor]:
+        return partial(special_mask, tokenizer=self.tokenizer)
+
+    @cached_property
+    def heldout(self) -> Tensor | None:
+        """Rows that training never sees, or None if no text is held out."""
+        if not self.config.data.holdout:
+            return None
+        return heldout_rows(self.config.data, self.tokenizer, self.config.evaluation.rows)
+
+    def jobs(self) -> list[Job]:
+        """One for each hookpoint."""
+        sae, start = self.config.sae, self._start()
+        return [
+            Job(
+                name=str(read),
+                hookpoint=read,
+                target=write,
+                num_latents=sae.num_latents or round(sae.expansion * self._width(read)),
+                objective=self.config.objective,
+                seed=self.config.seed,
+                skip=sae.skip,
+                normalise=sae.normalise,
+                start=start,
+            )
+            for read, write in sae.pairs()
+        ]
+
+    def _width(self, read: Any) -> int:
+        width = read.resolve(self.model).width
+        if width is None:
+            raise ConfigError(f"the width of {read} is not known; set sae.num_latents")
+        return int(width)
+
+    def _start(self) -> SAE | None:
+        source = self.config.sae.init
+        return None if source is None else load_string(source)
+
+    def stream(self, jobs: list[Job]) -> Stream:
+        """The batches that those jobs need."""
+        c = self.config
+        rows = TokenRows(
+            self.documents, self.tokenizer, c.data.context, c.data.bos, len(self.tokenizer)
+        )
+        sites = list(dict.fromkeys(s for j in jobs for s in (j.hookpoint, j.target) if s))
+        wants = {job.objective.wants for job in jobs} - {None}
+        model = partial(getattr, self, "model")
+        if "downstream" in wants:
+            if wants != {"downstream"} or self.cache_folder is not None:
+                raise ConfigError(
+                    "an objective that runs the model on its reconstruction trains on whole rows: "
+                    "it goes with no cache, and with no objective that wants gradients"
+                )
+            return RowStream(model, rows, sites, c.data.context, c.stream, self.mesh)
+        gradient = "gradient" in wants
+        stream = ActivationStream(
+            model,
+            rows,
+            sites,
+            c.data.context,
+            c.stream,
+            special=self.special,
+            mesh=self.mesh,
+            seed=c.seed,
+            wants_gradient=gradient,
+            cache=self._cache([str(s) for s in sites], gradient),
+        )
+        stream.rows = Prefetched(rows, stream.buffer_rows)
+        return stream
+
+    def _cache(self, sites: list[str], gradient: bool) -> Cache | None:
+        if self.cache_folder is None:
+            return None
+        c = self.config
+        stream = asdict(c.stream)
+        facts = {
+            "model": asdict(c.model),
+            "data": {**asdict(c.data), **self.documents.facts()},
+            "hookpoints": sites,
+            "gradient": gradient,
+            **{
+                key: stream[key]
+                for key in ("buffer_tokens", "exclude_special", "max_norm", "lanes")
+            },
+        }
+        facts = json.loads(json.dumps(facts))  # as they will be read
+        return Cache(self.cache_folder, self.cache_gb, facts, c.data.context)
+
+    def plan(self) -> Plan:
+        c = self.config
+        if c.sae.precision == "tf32":
+            torch.backends.cuda.matmul.allow_tf32 = True
+        return Plan(
+            steps=c.steps,
+            optimiser=c.optimiser,
+            dtype=torch.float64 if c.sae.precision == "fp64" else torch.float32,
+            compute=torch.bfloat16 if c.sae.precision == "bf16" else None,
+            save_every=c.checkpoint.every,
+            keep=c.checkpoint.keep,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What decides the numbers, and where they were made."""
+        packages = ("saert", "torch", "transformers", "datasets", "tokenizers", "safetensors")
+        model, config = _public(self.config.model.name), self.config.to_dict()
+        config["data"]["source"] = [_public(source) for source in self.config.data.source]
+        config["model"]["name"] = model
+        return {
+            "config": json.loads(json.dumps(config)),
+            "data": self.documents.facts(),
+            "model": {
+                "name": _public(model.name),
+                "commit": getattr(self.facts, "_commit_hash", None),
+            },
+            "versions": {name: _version(name) for name in packages}
+            | {"python": platform.python_version()},
+            "git_commit": _git_commit(),
+        }
+
+
+def train(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    cache: Path | None = None,
+    cache_gb: float = 10.0,
+    progress: bool = True,
+    tensorboard: bool = True,
+    wandb: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, dict[str, Any] | None]:
+    """Train, evaluate and write `folder`; goes on from its newest checkpoint.
+
+    Returns the held-out metrics of each dictionary by name (None where no text is held out).
+
+    Raises:
+        ConfigError: settings that contradict each other, or another run's folder.
+        TrainingError, CheckpointError: see `saert.train.run`; the last checkpoint is good.
+        Interrupted: after SIGINT or SIGTERM, everything saved.
+    """
+    mesh = Mesh.of(config.shards, device)
+    session = Session(config, device=device, mesh=mesh, cache=cache, cache_gb=cache_gb)
+    record = session.record()
+    _check_folder(folder, record)
+    if mesh.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / RECORD, json.dumps(record, indent=2).encode())
+    jobs = session.jobs()
+    if finished := _finished(folder, jobs):
+        say(f"{folder} is finished; nothing to do")
+        return finished
+    run = Run(jobs, session.stream(jobs), session.plan(), folder / "checkpoints", mesh)
+    if run.step:
+        say(f"going on from step {run.step:,} of {config.steps:,}")
+    with ExitStack() as stack:
+        report = None
+        if mesh.is_first:
+            report = stack.enter_context(
+                Report(
+                    folder,
+                    record["config"],
+                    total=config.steps * config.stream.batch_tokens,
+                    batch_tokens=config.stream.batch_tokens,
+                    done=run.step,
+                    progress=progress,
+                    tensorboard=tensorboard,
+                    wandb=wandb,
+                )
+            )
+        _train(run, session, report)
+        run.calibrate()
+        return _publishable(run, session, folder, record, report)
+
+
+def _train(run: Run, session: Session, report: Report | None) -> None:
+    """To the end, with an evaluation every so many steps."""
+    every = session.config.evaluation.every or run.plan.steps
+    while run.step < run.plan.steps:
+        run.train(
+            None if report is None else report.step, until=run.step - run.step % every + every
+        )
+        if run.step < run.plan.steps:
+            for member in run.members:
+                sae = member.sae()
+                if report is not None and session.heldout is not None:
+                    report.evaluation(run.step, member.job.name, _measure(session, sae))
+
+
+def _publishable(
+    run: Run, session: Session, folder: Path, record: Mapping[str, Any], report: Report | None
+) -> dict[str, dict[str, Any] | None]:
+    """Evaluate and write every SAE; the folder's last step."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for member in run.members:
+        sae = member.sae()  # on every rank
+        name = member.job.name
+        if report is None:
+            continue
+        metrics: dict[str, Any] | None = None
+        if session.heldout is not None:
+            measured = _measure(session, sae)
+            report.evaluation(run.step, name, measured)
+            metrics = json.loads(json.dumps(asdict(measured)))
+        sae.metadata = metadata(session, record, metrics)
+        _write(sae, name, folder / "saes" / name, record, metrics)
+        found[name] = metrics
+    session.mesh.wait()
+    return found
+
+
+def _measure(session: Session, sae: SAE) -> Metrics:
+    assert session.heldout is not None
+    special = session.special if session.config.stream.exclude_special else None
+    rows = session.config.stream.forward_rows
+    return evaluate(session.model, sae, session.heldout, rows, special)
+
+
+def metadata(
+    session: Session, record: Mapping[str, Any], metrics: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What an SAE's cfg.json says of where it comes from and how good it is."""
+    c = session.config
+    names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    text = session.facts.get_text_config()
+    return {
+        "base_model": record["model"]["name"],
+        "base_model_revision": record["model"]["commit"],
+        "base_model_config": {name: getattr(text, name, None) for name in names},
+        "context_size": c.data.context,
+        "training_architecture": c.objective.name,
+        "training": {"tokens": c.tokens, "objective": record["config"]["objective"]},
+        "metrics": None if metrics is None else dict(metrics),
+    }
+
+
+def _write(
+    sae: SAE, name: str, folder: Path, record: Mapping[str, Any], metrics: Mapping[str, Any] | None
+) -> None:
+    save(sae, folder)
+    for file, content in (("training.json", record), ("metrics.json", metrics)):
+        write_atomically(folder / file, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(folder / "README.md", card(sae, name, record, metrics).encode())  # the last
+
+
+def _finished(folder: Path, jobs: list[Job]) -> dict[str, dict[str, Any] | None]:
+    """The metrics of all dictionaries if all are written, else nothing."""
+    found = {}
+    for job in jobs:
+        at = folder / "saes" / job.name
+        if not (at / "README.md").is_file():
+            return {}
+        found[job.name] = json.loads((at / "metrics.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _check_folder(folder: Path, record: Mapping[str, Any]) -> None:
+    """Refuse to go on with another run."""
+    path = folder / RECORD
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for part in ("config", "data", "model"):
+        old, new = before.get(part, {}), json.loads(json.dumps(record[part]))
+        keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and k not in FREE]
+        if keys:
+            raise ConfigError(
+                f"{folder} holds a run with {part}.{keys[0]} = {old.get(keys[0])!r}, this one has "
+                f"{new.get(keys[0])!r}; choose another folder, or the old settings to go on"
+            )
+
+
+def _public(name: str) -> str:
+    """A name that says nothing about this machine: a local path becomes its last part."""
+    if name == "bundled":
+        return bundled.BASE_MODEL
+    local = Path(name).expanduser()
+    return local.name if local.is_absolute() or local.exists() or "*" in name else name
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of a checkout that saert runs from, with "+" if files differ from it."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")

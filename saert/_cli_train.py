@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 import typer
+from click import Choice
 from rich.console import Console
 from rich.table import Table
 
 from saert._cli_io import print_json, user_errors
 from saert._cli_session import UserError
-
-
-class ObjectiveName(StrEnum):
-    """What `--objective` takes; `saert.train.objectives` holds the same names (a test says so)."""
-
-    topk = "topk"
-    batch_topk = "batch_topk"
-    relu_l1 = "relu_l1"
-    gated = "gated"
-    jumprelu = "jumprelu"
-    gradient = "gradient"
-    mutual_choice = "mutual_choice"
-    feature_choice = "feature_choice"
-    atm = "atm"
-    matryoshka = "matryoshka"
-    llama_scope = "llama_scope"
-    end_to_end = "end_to_end"
+from saert.train.objectives import OBJECTIVES
 
 
 Option = typer.Option
@@ -72,7 +56,10 @@ def train(
         ),
     ] = None,
     objective: Annotated[
-        ObjectiveName | None, Option(help="What to train for.", rich_help_panel=Shape)
+        str | None,
+        Option(
+            help="What to train for.", click_type=Choice(list(OBJECTIVES)), rich_help_panel=Shape
+        ),
     ] = None,
     num_latents: Annotated[
         int | None, Option(help="Default: 16 times the width.", rich_help_panel=Shape)
@@ -164,7 +151,7 @@ def train(
             "seed": seed,
             "shards": shards,
             "evaluation.every": evaluate_every,
-            "objective.name": None if objective is None else objective.value,
+            "objective.name": objective,
             "objective.k": k,
         }
         config = configs.from_table(

@@ -1,4 +1,4 @@
-"""The command line: `saert demo`, `generate`, `features`, `info`.
+"""The command line: `saert demo`, `generate`, `features`, `info`, `train`, `scale`.
 
 Commands read options, call `_cli_run`, and print: tables for people, or one JSON object with
 `--json` and nothing else on standard output. What the user can put right is one line on standard
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 import saert._cli_run as run
+import saert._cli_train as training
 import saert._cli_view as view
 from saert._cli_io import print_json, user_errors
 from saert._cli_session import (
@@ -267,6 +268,18 @@ def features(
         if not trace:
             console.print(view.features_table(one))
         console.print(view.report_lines({one.hookpoint: one.report}))
+
+
+app.command(
+    epilog=examples(
+        "saert train bundled --data stories.jsonl --hookpoints resid_post.2 --num-latents 1024 -k 16 "
+        "--tokens 1e6",
+        "saert train --recipe gpt2-small --hookpoints resid_post.6,resid_post.8",
+        "saert train gpt2 --data 'text/*.parquet' --hookpoints 'mlp_in.6->mlp_out.6' --objective "
+        "jumprelu --set objective.target_l0=40",
+        "torchrun --nproc-per-node 8 --no-python saert train --recipe llama-3.1-8b --shards 4",
+    )
+)(training.train)
 
 
 @app.command(

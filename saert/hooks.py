@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from saert.hookpoint import Hookpoint
+from saert.hookpoint import Hookpoint, Location
 
 Act = Callable[[Tensor], Tensor | None]
 
@@ -17,15 +18,34 @@ Act = Callable[[Tensor], Tensor | None]
 def hooked(model: nn.Module, hookpoint: Hookpoint, act: Act) -> Iterator[None]:
     """Call `act` on the hidden state at a hookpoint; what it returns, if anything, replaces it."""
     location = hookpoint.resolve(model)
-    handle = (
-        location.module.register_forward_pre_hook(InputHook(act), with_kwargs=True)
-        if location.side == "in"
-        else location.module.register_forward_hook(OutputHook(act))
-    )
+    changes: list[Tensor] = []
+
+    def replace(hidden: Tensor) -> Tensor | None:
+        new = act(hidden)
+        changes[:] = [] if new is None else [new - hidden]
+        return new
+
+    def carry(hidden: Tensor) -> Tensor | None:
+        return hidden + changes.pop().view_as(hidden) if changes else None
+
+    if location.carry is None:
+        handles = [_register(location, act)]
+    else:  # the block goes on with a copy of its own, which has to change as well
+        block = Location(location.carry, model.get_submodule(location.carry), "out")
+        # before other hooks on the block's output, which must see the change
+        handles = [_register(location, replace), _register(block, carry, prepend=True)]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _register(at: Location, act: Act, prepend: bool = False) -> RemovableHandle:
+    if at.side == "in":
+        hook = InputHook(act)
+        return at.module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True)
+    return at.module.register_forward_hook(OutputHook(act), prepend=prepend)
 
 
 class OutputHook:

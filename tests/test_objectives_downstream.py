@@ -1,4 +1,4 @@
-"""Objectives that look at the language model (g-SAE, end-to-end), ATM, and `train/downstream.py`."""
+"""g-SAE, end-to-end training and ATM, and what `train/downstream.py` computes for the first two."""
 
 import copy
 import math
@@ -9,6 +9,7 @@ from objective_cases import D_IN, FEATURES, a_batch, a_dictionary, a_step, plant
 from tiny_models import ARCHITECTURES, VOCAB, tiny
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from saert.hookpoint import Hookpoint, HookpointError
 from saert.hooks import hooked
@@ -353,33 +354,20 @@ def test_the_statistics_are_moving_averages_of_magnitude_frequency_and_contribut
 
 
 def test_latents_below_the_threshold_are_masked_with_the_stated_probability_others_never():
-    objective = ATMObjective(c=0.5, r=2.0, decay=0.9)
+    objective = ATMObjective(c=0.5, r=2.0)
     d, batch = atm_case(objective)
     observed(objective, d)
-    state = dict(d.state)
-    p = objective.probabilities(d)
+    state, p = dict(d.state), objective.probabilities(d)
     importance, theta = objective.importance(d)
-    assert torch.equal(p > 0, importance < theta) and 5 < (p > 0).sum() < 40 and p.max() > 0.5
-    masked, steps = torch.zeros(40), 2000
-    for number in range(steps):
-        step = Step(number, 0, torch.zeros(40, dtype=torch.bool), seed=3)
-        assert step.progress >= objective.mask_from or number == 0
-        # in the loss, a masked latent is one whose decoder direction gets no gradient
-        if number < 100:
-            d.state = dict(state)
-            total = objective.loss(d, a_batch(batch.x[:8]), step).total
-            moved = torch.autograd.grad(total, d.b_enc)[0] != 0
-            assert not moved[~drawn_with(objective, d, state, step)].any()
-        masked += ~drawn_with(objective, d, state, step)
-    rate = masked / steps
+    assert torch.equal(p > 0, importance < theta) and 5 < (p > 0).sum() < 35 and p.max() > 0.4
+    masked, draws = torch.zeros(40), 800
+    for seed in range(draws):
+        d.state = dict(state)
+        total = objective.loss(d, batch, late(seed=seed)).total
+        masked += torch.autograd.grad(total, d.b_enc)[0] == 0  # each is active on some token
+    rate = masked / draws
     assert not rate[p == 0].any()
-    error = (p * (1 - p) / steps).sqrt()
-    assert ((rate - p).abs() <= 5 * error).all()
-
-
-def drawn_with(objective, d, state, step):
-    d.state = dict(state)
-    return objective._draw(d, step)
+    assert ((rate - p).abs() <= 4.5 * (p * (1 - p) / draws).sqrt()).all()
 
 
 def test_no_latent_is_masked_before_masks_begin_nor_without_statistics():
@@ -408,22 +396,6 @@ def test_a_masked_latent_goes_on_being_measured_and_returns():
         histories.append((keep, d.state["contribution"][7].item()))
     assert not histories[0][0] and histories[-1][0]
     assert histories[0][1] < histories[1][1]  # while it was masked
-
-
-def test_shards_draw_their_part_of_the_same_masks():
-    objective = ATMObjective(c=0.5, r=3.0)
-    d, _ = atm_case(objective)
-    observed(objective, d)
-    whole = objective._draw(d, late())
-    p = objective.probabilities(d)
-    for shard in range(4):
-        part = slice(shard * 10, shard * 10 + 10)
-        tensors = (t.detach()[part] for t in (d.W_enc, d.W_dec, d.b_enc))
-        mesh = Mesh(shards=4, shard=shard)
-        mine = Dictionary(*tensors, d.b_dec.detach(), num_latents=40, mesh=mesh)
-        known = ATMObjective()
-        object.__setattr__(known, "probabilities", lambda _, part=part: p[part])
-        assert torch.equal(known._draw(mine, late()), whole[part])
 
 
 def test_the_exported_atm_sae_is_relu_with_every_latent_on():
@@ -484,8 +456,8 @@ def test_fine_tuning_end_to_end_lowers_the_kl_of_a_trained_topk_dictionary_at_eq
     def batch(x):
         return a_batch(x, downstream=lambda estimate: kl(x, estimate))
 
-    start = trained(TopKObjective(k=k), steps=300)[0].dictionary
-    test = planted(2048, seed=10**6)
+    start = trained(TopKObjective(k=k), steps=200)[0].dictionary
+    test = planted(1024, seed=10**6)
 
     def measure(d):
         with torch.no_grad():
@@ -493,9 +465,9 @@ def test_fine_tuning_end_to_end_lowers_the_kl_of_a_trained_topk_dictionary_at_eq
             return kl(test, estimate).item(), dense_fvu(test, estimate).item()
 
     found = {}
-    for objective in (TopKObjective(k=k), EndToEndObjective(k=k, mse=0.1)):
+    for objective in (TopKObjective(k=k), EndToEndObjective(k=k, mse=0.01)):
         d = copy.deepcopy(start)
-        training = Training(d, objective, OptimiserConfig(lr=1e-3 / (2**14 / 48) ** 0.5), 150)
+        training = Training(d, objective, OptimiserConfig(lr=3e-3 / (2**14 / 48) ** 0.5), 150)
         for number in range(150):
             training.step(batch(planted(256, seed=number)), number)
         found[objective.name] = measure(d)
@@ -546,7 +518,9 @@ def test_wrong_hyper_parameters_are_refused(objective, wrong):
 
 # -- gradients of a language model ----------------------------------------------------------------
 
-EARLY, LATE, MLP = (Hookpoint.parse(name) for name in ("resid_post.0", "resid_post.2", "mlp_out.1"))
+EARLY, MID, MLP, LATE = (
+    Hookpoint.parse(name) for name in ("resid_post.0", "resid_mid.1", "mlp_out.1", "resid_post.2")
+)
 
 
 def some_rows(count=3, context=9, seed=0):
@@ -563,13 +537,23 @@ def summed_cross_entropy(model, rows):
     return torch.stack(positions).sum()
 
 
+@pytest.fixture
+def exact(monkeypatch):
+    """Llama's norm without its detour through float32, which differences would show."""
+
+    def forward(self, x):
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_gradients_are_the_differences_of_the_summed_cross_entropy(name):
+def test_gradients_are_the_differences_of_the_summed_cross_entropy(name, exact):
     """Each hookpoint's, though all are read in one pass: the path through later ones counts."""
     model, rows = tiny(name).double().requires_grad_(False), some_rows()
-    found = gradients(model, rows, [EARLY, MLP, LATE], 2)
+    found = gradients(model, rows, [EARLY, MID, MLP, LATE], 2)
     for hookpoint, (x, g) in found.items():
-        assert torch.equal(x, capture(model, rows, [hookpoint])[hookpoint])
+        assert torch.equal(x, capture(model, rows, [hookpoint], 2)[hookpoint])
         for seed in range(3):
             direction = normal(*x.shape, seed=seed)
             losses = []
@@ -636,8 +620,8 @@ def brute_force_kl(model, rows, hookpoint, new):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("hookpoint", [EARLY, MLP])
-def test_downstream_is_the_summed_kl_and_its_gradient_that_of_differences(name, hookpoint):
+@pytest.mark.parametrize("hookpoint", [EARLY, MID, MLP])
+def test_downstream_is_the_summed_kl_and_its_gradient_that_of_differences(name, hookpoint, exact):
     model, rows = tiny(name).double().requires_grad_(False), some_rows()
     x = capture(model, rows, [hookpoint])[hookpoint]
     block = Downstream(model, rows, batch=2)  # 3 rows: two parts of unequal size
@@ -698,3 +682,66 @@ def test_end_to_end_on_a_language_model_moves_only_the_dictionary():
     ]
     assert logs[-1]["kl"] < 0.5 * logs[0]["kl"]
     assert all(p.grad is None for p in model.parameters())
+
+
+# -- g-SAE on a language model --------------------------------------------------------------------
+
+CONTEXT, WORDS = 24, 48
+
+
+def markov_rows(count, seed):
+    """Each token depends on the two before it."""
+    tables = [2 * normal(WORDS, WORDS, seed=7), 1.5 * normal(WORDS, WORDS, seed=8)]
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(WORDS, (count, CONTEXT), generator=draw)
+    for t in range(2, CONTEXT):
+        logits = tables[0][rows[:, t - 1]] + tables[1][rows[:, t - 2]]
+        rows[:, t] = torch.multinomial(logits.softmax(-1), 1, generator=draw).squeeze(-1)
+    return rows
+
+
+def small_language_model():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=WORDS, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(100):
+        rows = markov_rows(24, step)
+        logits = model(rows, use_cache=False).logits[:, :-1]
+        F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return model.eval()
+
+
+def test_g_sae_keeps_a_language_models_loss_and_predictions_better_than_topk_at_equal_k():
+    """Means over two seeds. The first-order loss change |⟨g, x − x̂⟩| is that of each one's code in
+    training, the KL that of the export, which ranks without a gradient."""
+    model, k, n = small_language_model(), 6, 64
+    x, g = gradients(model, markov_rows(300, 10**6), [EARLY])[EARLY]
+    rows = markov_rows(128, 10**6 + 1)
+    test = gradients(model, rows, [EARLY])[EARLY]
+    test_batch = a_batch(test[0], gradient=test[1])
+    block = Downstream(model, rows, 64)
+    change, kl = {"topk": 0.0, "gradient": 0.0}, {"topk": 0.0, "gradient": 0.0}
+    for seed in range(2):
+        for objective in (TopKObjective(k=k), GradientObjective(k=k)):
+            draw = torch.Generator().manual_seed(seed)
+            W = unit(torch.randn(n, 32, generator=draw))
+            d = Dictionary(2 * W, W.clone(), torch.zeros(n), x.mean(0).clone())
+            config = OptimiserConfig(lr=1.2e-2 / (2**14 / n) ** 0.5, dead_tokens=5000)
+            training = Training(d, objective, config, 200)
+            for number in range(200):
+                chosen = torch.randint(len(x), (256,), generator=draw)
+                training.step(a_batch(x[chosen], gradient=g[chosen]), number)
+            with torch.no_grad():
+                plain = d.topk(test[0], k)
+                code = objective.encode(d, test_batch) if objective.wants else plain
+                error = test[0] - d.decode(code)
+                change[objective.name] += (test[1] * error).sum(-1).abs().mean().item()
+                kl[objective.name] += block(EARLY, d.decode(plain)).item()
+    assert change["gradient"] < 0.97 * change["topk"], (change, kl)
+    assert kl["gradient"] < kl["topk"], (change, kl)

@@ -431,6 +431,18 @@ def test_llama_scope_calibrates_exactly_where_one_token_has_most_of_the_activati
     assert (weighted[0] >= theta).sum() > 8, "the first width was enough"
 
 
+def test_llama_scope_calibrates_on_candidates_by_weighted_score():
+    objective = LlamaScopeObjective(k=1)
+    d = a_dictionary(D_IN, dtype=DOUBLE, subtract_b_dec=False)
+    with torch.no_grad():
+        d.W_enc.copy_(torch.eye(D_IN))
+        d.W_dec.copy_(torch.eye(D_IN))
+        d.W_dec[10] *= 10_000  # the eleventh largest score of each token decides
+    x = torch.arange(8, 18, dtype=DOUBLE)[:, None] / 2.0 ** torch.arange(D_IN)
+    objective.calibrate(d, a_batch(x))
+    assert d.state["threshold"].item() == pytest.approx(8 / 2**10 * 10_000)
+
+
 def test_llama_scope_topk_export_is_the_code_of_training():
     objective = LlamaScopeObjective(k=3, jumprelu=False)
     d, batch = prepared(objective)

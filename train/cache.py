@@ -11,6 +11,7 @@ that was cut goes on where it stopped.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,12 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saert.train.mesh import Mesh
 
 FACTS = "cache.json"
+HEADER = 256  # bytes in a file beside each tensor, at most
 
 
 class CacheError(ValueError):
@@ -86,20 +89,21 @@ class Cache:
         mesh: Mesh,
     ) -> None:
         """Write the lanes of a buffer, if it fits. Every rank has to call it."""
-        size = sum(t.numel() * t.element_size() for t in tensors.values()) * mesh.replicas
-        self.full = self.full or self.bytes() + size > self.limit
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        size += HEADER * len(lanes) * len(tensors)
+        self.full = self.full or self.bytes(but=number) + size * mesh.replicas > self.limit
         if mesh.any(self.full):
             self.full = True
             return
-        mine: dict[str, Any] = {}
-        if mesh.shard == 0:
-            for i, lane in enumerate(lanes):
-                part = {name: _lane(t, i, len(lanes), self.context) for name, t in tensors.items()}
-                path = self._path(number, lane)
-                partial = path.with_suffix(".partial")
-                save_file(part, partial)
-                os.replace(partial, path)
-                mine[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        try:
+            mine = self._write(number, lanes, tensors) if mesh.shard == 0 else {}
+        except (OSError, SafetensorError) as error:
+            if not _no_space(error):
+                raise
+            self.full = True
+        if mesh.any(self.full):
+            self.full = True
+            return
         files = mine
         if mesh.world > 1:
             everyone: list[Any] = [None] * mesh.world
@@ -107,18 +111,41 @@ class Cache:
             files = {name: said for one in everyone for name, said in one.items()}
         if mesh.is_first:
             manifest = {"files": files, "rows_after": after}
-            write_atomically(self.folder / f"{number:06d}.json", json.dumps(manifest).encode())
+            sealed = {**manifest, "seal": _seal(manifest)}
+            write_atomically(self.folder / f"{number:06d}.json", json.dumps(sealed).encode())
         mesh.wait()
 
-    def bytes(self) -> int:
-        """What the folder holds."""
-        return sum(p.stat().st_size for p in self.folder.glob("*.safetensors"))
+    def bytes(self, but: int | None = None) -> int:
+        """What the folder holds, without the buffer `but`."""
+        left_out = "" if but is None else f"{but:06d}-"
+        files = self.folder.glob("*.safetensors")
+        return sum(p.stat().st_size for p in files if not left_out or left_out not in p.name)
+
+    def _write(
+        self, number: int, lanes: range, tensors: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Any]]:
+        """One file a lane; what the manifest says of them."""
+        found = {}
+        for i, lane in enumerate(lanes):
+            part = {name: _lane(t, i, len(lanes), self.context) for name, t in tensors.items()}
+            path = self._path(number, lane)
+            partial = path.with_suffix(".partial")
+            try:
+                save_file(part, partial)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+            os.replace(partial, path)
+            found[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        return found
 
     def _manifest(self, number: int) -> dict[str, Any] | None:
         path = self.folder / f"{number:06d}.json"
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # no JSON, or not even text
+            return None
+        if not isinstance(found, dict) or found.pop("seal", None) != _seal(found):
             return None
         return found
 
@@ -130,6 +157,18 @@ def sha256(path: Path) -> str:
     """The checksum of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """A checksum: a wrong position of the rows would change every later buffer unseen."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _no_space(error: Exception) -> bool:
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    # safetensors has an error of its own, which gives the number in its text only
+    said = any(f"(os error {number})" in str(error) for number in numbers)
+    return getattr(error, "errno", None) in numbers or said
 
 
 def write_atomically(path: Path, content: bytes) -> None:

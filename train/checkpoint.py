@@ -104,7 +104,7 @@ def _placed(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
         return dict(tensors)
     placed: dict[str, Tensor] = {}
     for name, t in tensors.items():
-        if is_replicated(re.split(r"[./]", name)[-1], t):
+        if is_replicated(name, t):
             placed[name] = t
         else:
             placement = (Replicate(), Shard(0))

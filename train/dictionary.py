@@ -8,6 +8,7 @@ own scale. `export` brings the weights back to the model's units.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -181,8 +182,9 @@ class Dictionary(nn.Module):
 
 
 def is_replicated(name: str, tensor: Tensor) -> bool:
-    """Whether every shard holds the same tensor, and not its own latents' part of one."""
-    return name in REPLICATED or tensor.dim() == 0
+    """Whether every shard holds the same tensor, and not its own latents' part of one. A name may
+    have others in front, as in `resid_post.6/exp_avg.b_dec`."""
+    return re.split("[./]", name)[-1] in REPLICATED or tensor.dim() == 0
 
 
 def widen(code: Code, width: int) -> Code:

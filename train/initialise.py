@@ -121,7 +121,7 @@ def start_from(d: Dictionary, sae: SAE, units: Units) -> None:
         {
             "b_enc": d.b_enc.new_zeros(d.num_latents),
             **stored,
-            "b_dec": sae.b_dec,
+            "b_dec": torch.zeros_like(d.b_dec) if sae.b_dec is None else sae.b_dec,
             "W_skip": sae.W_skip,
         }
     )

@@ -167,13 +167,16 @@ def _note(logs: Logs) -> str:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop what was logged after `step`, and a last line that was cut in the middle."""
+    """Drop what was logged after `step`, evaluations at it, which are made again, and a last line
+    that was cut in the middle."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            found = json.loads(line)
+            evaluated = any("/heldout/" in key for key in found)
+            if found["step"] < step or (found["step"] == step and not evaluated):
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             break

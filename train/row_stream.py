@@ -65,12 +65,14 @@ class RowStream:
         used = self._used(rows).to(rows.device)
         model = self.model()
         found = capture(model, rows, self.sites, self.config.forward_rows)
-        splice = Downstream(model, rows, self.count * (self.context - 1))
+        splice = Downstream(model, rows, self.config.forward_rows)
+        positions = self.count * (self.context - 1)  # of all replicas
         mask = used.flatten()
 
         def downstream(site: Hookpoint, reconstruction: Tensor) -> Tensor:
             empty = reconstruction.new_zeros(rows.numel(), reconstruction.shape[-1])
-            return splice(site, empty.masked_scatter(mask[:, None], reconstruction), mask)
+            whole = empty.masked_scatter(mask[:, None], reconstruction)
+            return splice(site, whole, mask) / positions
 
         return Served({site: x[mask] for site, x in found.items()}, downstream=downstream)
 

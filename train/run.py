@@ -64,6 +64,7 @@ class Plan:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     dtype: torch.dtype = torch.float32
     compute: torch.dtype | None = None
+    device: str | None = None  # of the dictionaries; None: where the activations are
     save_every: int = 500
     keep: int = 2
 
@@ -135,8 +136,8 @@ class Run:
                 member.training.updates = self.step
 
     def _member(self, job: Job, sample: Mapping[Hookpoint, Tensor], units: Any) -> Member:
-        dtype = self.plan.dtype
-        x, y = sample[job.hookpoint].to(dtype), sample[job.target or job.hookpoint].to(dtype)
+        to = {"device": self.plan.device, "dtype": self.plan.dtype}
+        x, y = sample[job.hookpoint].to(**to), sample[job.target or job.hookpoint].to(**to)
         transcodes = job.target is not None
         if units is None:
             kind = job.objective.normalise if job.normalise == "auto" else job.normalise
@@ -178,7 +179,9 @@ class Run:
                 if report is not None:
                     report(self.step, logs)
                 stop = self.mesh.any(asked.is_set())
-                if stop or self.step % self.plan.save_every == 0 or self.step == last:
+                # the last good checkpoint should be from before the losses, if they stay
+                due = self.step % self.plan.save_every == 0 and not self.losing
+                if stop or due or self.step == last:
                     self.save()
                 if stop:
                     raise Interrupted(f"stopped after step {self.step}, saved; run again to go on")
@@ -222,12 +225,14 @@ class Run:
         )
 
     def calibrate(self) -> None:
-        """After the last step: what the exported activations need and training did not give."""
+        """After the last step: the weights that are published, and what their activations need and
+        training did not give."""
         sample = self.stream.sample(SAMPLE)
         even = min(map(len, sample.values())) // self.mesh.replicas
         part = slice(self.mesh.replica * even, (self.mesh.replica + 1) * even)
         served = Served({site: x[part] for site, x in sample.items()})
         for member in self.members:
+            member.training.finish()
             if member.job.objective.wants is None:
                 batch = member.batch(served, self.mesh, self.plan.dtype)
                 member.job.objective.calibrate(member.training.dictionary, batch)

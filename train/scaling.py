@@ -338,6 +338,7 @@ def fit_joint(
         irreducible=np.stack([one, k - k0], 1),
         log_loss=np.log([p.loss for p in kept]),
         uncentre=uncentre,
+        ranges=np.array([1.0, _range(k), _range(n), _range(k) * _range(n), 1.0, _range(k)]),
         falls_with="num_latents",
     )
     theta, replicas = _solve(problem, robust, draws, seed, block=1)
@@ -366,6 +367,7 @@ def _fit_power(
         log_loss=np.log([p.loss for p in points]),
         # (ln A, α, ln E) from (ln A at the mean of u, −α, ln E)
         uncentre=np.array([[1.0, -u.mean(), 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 1.0]]),
+        ranges=np.array([1.0, _range(u), 1.0]),
         falls_with=falls_with,
     )
     theta, replicas = _solve(problem, robust, draws, seed, block)
@@ -386,6 +388,7 @@ class _Problem(NamedTuple):
         irreducible: [points, i], a column of ones, then features.
         log_loss: [points].
         uncentre: [r + i, r + i], the reported coefficients from θ (E and A as logarithms).
+        ranges: [r + i], how much each feature varies; 1 for the columns of ones.
         falls_with: what the loss should fall with, in words.
     """
 
@@ -393,19 +396,13 @@ class _Problem(NamedTuple):
     irreducible: Array
     log_loss: Array
     uncentre: Array
+    ranges: Array
     falls_with: str
 
     @property
     def features(self) -> Array:
         """[points, r + i]: the columns that θ multiplies."""
         return np.concatenate([self.reducible, self.irreducible], 1)
-
-    @property
-    def ranges(self) -> Array:
-        """[r + i]: by how much each column varies; 1 for the ones, for the others never below a
-        decade, or a sliver of k would make any exponent look known."""
-        intercepts = np.arange(self.features.shape[1]) % self.reducible.shape[1] == 0
-        return np.where(intercepts, 1.0, np.maximum(np.ptp(self.features, axis=0), math.log(10)))
 
     def terms(self, theta: Array) -> tuple[Array, Array]:
         """[points] each: the logarithms of both terms."""
@@ -433,7 +430,7 @@ class _Problem(NamedTuple):
         one share at the least k and another at the largest.
         """
         found = []
-        shares = (0.02, 0.3, 0.6, 0.85, 0.97)
+        shares = (0.05, 0.4, 0.7, 0.95)
         slope = self.irreducible[:, -1]
         tilt = (slope - slope.min()) / (np.ptp(slope) or 1.0)
         groups = np.unique(self.irreducible, axis=0, return_inverse=True)[1].reshape(-1)
@@ -455,6 +452,7 @@ def _solve(
     y = problem.log_loss
     fits = [_least_squares(problem, y, start) for start in problem.starts()]
     theta = min(fits, key=lambda t: float(np.square(problem.log_prediction(t) - y).sum()))
+    theta = _least_squares(problem, y, theta, ftol=1e-14)
     scale = math.inf
     if robust:
         for _ in range(3):  # the scale of the residuals, and the fit that ignores what exceeds it
@@ -477,7 +475,7 @@ def _solve(
 
 
 def _least_squares(
-    problem: _Problem, y: Array, start: Array, scale: float = math.inf, ftol: float = 1e-12
+    problem: _Problem, y: Array, start: Array, scale: float = math.inf, ftol: float = 1e-8
 ) -> Array:
     """θ of least Σ r² over log residuals r, from `start`; linear beyond |r| = `scale` (Huber)."""
     pull = LEASH * np.eye(len(start))
@@ -542,7 +540,8 @@ def _judge(
             why.append(OPEN)
         error = float(errors[i])
         if logs[i]:
-            value, low, high = np.exp([value, low, high]).tolist()
+            with np.errstate(over="ignore"):
+                value, low, high = np.exp([value, low, high]).tolist()
             error *= value
         if why:
             value = math.nan
@@ -587,9 +586,9 @@ def _unidentified(
     problem: _Problem, theta: Array, replicas: Array, condition: float
 ) -> list[str | None]:
     """Why the data do not tell each of θ, None where they do."""
-    r, shared = problem.reducible.shape[1], problem.irreducible.shape[1]
+    shared = problem.irreducible.shape[1]
     low, high = np.quantile(replicas, [0.025, 0.975], axis=0)
-    if high[shared] >= 0:
+    if high[shared] * problem.ranges[shared] > -NO_LEVERAGE:
         return [
             f"the loss does not fall with {problem.falls_with} beyond its noise, so the reducible "
             "and the irreducible term cannot be told apart"
@@ -608,9 +607,6 @@ def _unidentified(
         elif (high[i] - low[i]) * problem.ranges[i] > TOO_WIDE:
             why = OPEN
         reasons.append(why)
-    for first, last in ((0, r), (r, len(theta))):
-        if reasons[first]:  # the slopes of a term of unknown size mean nothing
-            reasons[first:last] = [why or reasons[first] for why in reasons[first:last]]
     return reasons
 
 
@@ -621,6 +617,11 @@ def _enough(found: int, needed: int, what: str, vary: str) -> None:
             f"{what} {found} points for {needed - 1} coefficients, expected at least {needed}; "
             f"add runs that differ in {vary}"
         )
+
+
+def _range(logarithms: Array) -> float:
+    """How much they vary; a decade at least, or a sliver of k makes any exponent look known."""
+    return max(float(np.ptp(logarithms)), math.log(10))
 
 
 def _finite(x: float) -> float | None:

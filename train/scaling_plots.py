@@ -116,7 +116,7 @@ def _along(x: Any) -> Any:
 
 
 def _unit(law: PowerLaw) -> str:
-    return "" if law.unit == 1 else f", in units of {law.unit:g}"
+    return "" if law.unit == 1 else f", in units of {law.unit:g}".replace("e+", "e")
 
 
 def _colours(values: Sequence[int]) -> dict[int, Any]:

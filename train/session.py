@@ -110,6 +110,12 @@ class Session:
     def jobs(self) -> list[Job]:
         """One for each hookpoint."""
         sae, start = self.config.sae, self._start()
+        names = [str(read) for read, _ in sae.pairs()]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(
+                f"sae.hookpoints has two dictionaries that read {twice[0]}: results are named after "
+                "where they read; train them in two runs"
+            )
         return [
             Job(
                 name=str(read),
@@ -177,6 +183,8 @@ class Session:
             "data": {**asdict(c.data), **self.documents.facts()},
             "hookpoints": sites,
             "gradient": gradient,
+            # a token that is an outlier anywhere is served nowhere
+            "max_norm_over": None if c.stream.max_norm is None else sites,
             **{
                 key: stream[key]
                 for key in ("buffer_tokens", "exclude_special", "max_norm", "lanes")
@@ -194,6 +202,7 @@ class Session:
             optimiser=c.optimiser,
             dtype=torch.float64 if c.sae.precision == "fp64" else torch.float32,
             compute=torch.bfloat16 if c.sae.precision == "bf16" else None,
+            device=self.device,
             save_every=c.checkpoint.every,
             keep=c.checkpoint.keep,
         )
@@ -204,11 +213,13 @@ class Session:
         model, config = _public(self.config.model.name), self.config.to_dict()
         config["data"]["source"] = [_public(source) for source in self.config.data.source]
         config["model"]["name"] = model
+        if self.config.sae.init is not None:
+            config["sae"]["init"] = _public(self.config.sae.init)
         return {
             "config": json.loads(json.dumps(config)),
             "data": self.documents.facts(),
             "model": {
-                "name": _public(model.name),
+                "name": model,
                 "commit": getattr(self.facts, "_commit_hash", None),
             },
             "versions": {name: _version(name) for name in packages}
@@ -242,13 +253,14 @@ def train(
     session = Session(config, device=device, mesh=mesh, cache=cache, cache_gb=cache_gb)
     record = session.record()
     _check_folder(folder, record)
-    if mesh.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / RECORD, json.dumps(record, indent=2).encode())
     jobs = session.jobs()
     if finished := _finished(folder, jobs):
         say(f"{folder} is finished; nothing to do")
         return finished
+    if mesh.is_first:
+        _ = session.heldout  # too little text is an error now, not after the last step
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / RECORD, json.dumps(record, indent=2).encode())
     run = Run(jobs, session.stream(jobs), session.plan(), folder / "checkpoints", mesh)
     if run.step:
         say(f"going on from step {run.step:,} of {config.steps:,}")
@@ -276,14 +288,14 @@ def _train(run: Run, session: Session, report: Report | None) -> None:
     """To the end, with an evaluation every so many steps."""
     every = session.config.evaluation.every or run.plan.steps
     while run.step < run.plan.steps:
-        run.train(
-            None if report is None else report.step, until=run.step - run.step % every + every
-        )
-        if run.step < run.plan.steps:
+        if run.step and run.step % every == 0:  # before going on: a resumed run may have missed it
             for member in run.members:
                 sae = member.sae()
                 if report is not None and session.heldout is not None:
                     report.evaluation(run.step, member.job.name, _measure(session, sae))
+        run.train(
+            None if report is None else report.step, until=run.step - run.step % every + every
+        )
 
 
 def _publishable(
@@ -360,13 +372,23 @@ def _check_folder(folder: Path, record: Mapping[str, Any]) -> None:
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for part in ("config", "data", "model"):
-        old, new = before.get(part, {}), json.loads(json.dumps(record[part]))
-        keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and k not in FREE]
+        old, new = _flat(before.get(part, {})), _flat(json.loads(json.dumps(record[part])))
+        keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        keys = [k for k in keys if k.split(".")[0] not in FREE]
         if keys:
             raise ConfigError(
                 f"{folder} holds a run with {part}.{keys[0]} = {old.get(keys[0])!r}, this one has "
                 f"{new.get(keys[0])!r}; choose another folder, or the old settings to go on"
             )
+
+
+def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables with dotted keys, as settings name them."""
+    found = {}
+    for key, value in table.items():
+        inner = _flat(value) if isinstance(value, Mapping) else {"": value}
+        found |= {f"{key}.{name}".rstrip("."): v for name, v in inner.items()}
+    return found
 
 
 def _public(name: str) -> str:

@@ -36,6 +36,11 @@ class StreamConfig:
     lanes: int = 8  # replicas must divide it
 
     def __post_init__(self) -> None:
+        if self.lanes < 1 or self.forward_rows < 1:
+            raise ValueError(
+                f"stream: lanes {self.lanes} and forward_rows {self.forward_rows} must be at least "
+                "1"
+            )
         if self.batch_tokens < self.lanes or self.batch_tokens % self.lanes:
             raise ValueError(
                 f"stream: {self.lanes} lanes do not divide batch_tokens {self.batch_tokens}"
@@ -117,8 +122,13 @@ class ActivationStream:
         each = self.config.batch_tokens // self.config.lanes
         part = slice(self.batch * each, (self.batch + 1) * each)
         chosen = torch.cat([order[part] for order in self.order])
-        self.batch += 1
         at = {name: t[chosen.to(t.device)] for name, t in buffer.tensors.items()}
+        self.batch += 1
+        if self.batch == buffer.batches:
+            # now, so that a position at the end of a buffer, which nobody could see, is never saved
+            self.buffer = None
+            self.number, self.batch = self.number + 1, 0
+            self.before = self.rows.state_dict()
         return Served(
             {site: at[str(site)] for site in self.sites},
             {site: at[f"{site}.gradient"] for site in self.sites} if self.wants_gradient else {},
@@ -134,7 +144,7 @@ class ActivationStream:
         found = {}
         for site in self.sites:
             here = buffer.tensors[str(site)]
-            found[site] = self.mesh.gather_tokens(here[chosen.to(here.device)])
+            found[site] = self.mesh.gather_tokens(self._exchangeable(here[chosen.to(here.device)]))
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,10 +159,6 @@ class ActivationStream:
     # -- buffers -----------------------------------------------------------------------------------
 
     def _current(self) -> Buffer:
-        if self.buffer is not None and self.batch >= self.buffer.batches:
-            self.buffer = None  # first, so that two buffers never exist at once
-            self.number, self.batch = self.number + 1, 0
-            self.before = self.rows.state_dict()
         if self.buffer is None:
             self.buffer = self._fill()
             self.order = [
@@ -225,6 +231,11 @@ class ActivationStream:
         ordinary = torch.ones_like(served)
         for site in self.sites:
             norms = tensors[str(site)].float().norm(dim=-1).cpu()
-            known = self.mesh.gather_tokens(torch.where(served, norms, torch.nan))
-            ordinary &= norms <= self.config.max_norm * known.nanmedian()
+            own = self._exchangeable(torch.where(served, norms, torch.nan))
+            median = self.mesh.gather_tokens(own).nanmedian().cpu()
+            ordinary &= norms <= self.config.max_norm * median
         return ordinary
+
+    def _exchangeable(self, t: Tensor) -> Tensor:
+        """Where the collectives reach it: NCCL has none on the CPU, where a cache is read to."""
+        return t if self.mesh.replicas == 1 else t.to(self.mesh.device)

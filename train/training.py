@@ -135,7 +135,7 @@ class Training:
     def _move_average(self) -> None:
         self.updates += 1
         for name, parameter in self.dictionary.named_parameters():
-            if self.config.ema:
+            if self.average:
                 self.average[name].lerp_(parameter, 1 - self.config.ema)
 
     @torch.no_grad()
@@ -143,12 +143,20 @@ class Training:
         """This shard's tensors as they are published: averaged over the run, if `ema` says so,
         with decoder directions of unit norm."""
         found = {name: t.clone() for name, t in self.dictionary.tensors().items()}
-        if self.config.ema and self.updates:
+        if self.average and self.updates:
             unbiased = 1 - self.config.ema**self.updates
             found |= {name: t / unbiased for name, t in self.average.items()}
         if self.objective.unit_decoder:
             found["W_dec"] = unit(found["W_dec"])
         return found
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Training is over: from here on the dictionary holds `weights()`."""
+        found = self.weights()
+        for name, parameter in self.dictionary.named_parameters():
+            parameter.copy_(found[name])
+        self.average = {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """This shard's tensors, to save or to be filled in place; `updates` is not among them."""

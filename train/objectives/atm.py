@@ -87,10 +87,10 @@ class ATMObjective(Objective):
         fvu = unexplained(batch.y, reconstruction, batch.variance)
         l1 = kept.sum() / (spread(batch) * batch.tokens)
         self._observe(d, batch, f.detach(), keep, (batch.y - reconstruction).detach())
-        masked = (~keep).sum() / (d.num_latents * d.mesh.replicas)
+        masked = (~keep).sum().to(fvu.dtype) / (d.num_latents * d.mesh.replicas)
         parts = {
             "l1": d.mesh.sum_latents(l1.detach()),
-            "masked": d.mesh.sum_latents(masked.to(fvu.dtype)),
+            "masked": d.mesh.sum_latents(masked),
         }
         total = fvu + self.l1 * warmed_up(step, self.warm) * l1
         return Loss(total, fvu.detach(), *summarise_dense(f), parts)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 import typer
-from click import Choice
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +16,7 @@ from saert._cli_io import print_json, user_errors
 from saert._cli_session import UserError
 from saert.train.objectives import OBJECTIVES
 
-
+ObjectiveName = StrEnum("ObjectiveName", {name: name for name in OBJECTIVES})  # type: ignore[misc]
 Option = typer.Option
 Run, Shape, Text, Output = "Run", "Dictionary", "Text", "Output"
 
@@ -56,10 +56,7 @@ def train(
         ),
     ] = None,
     objective: Annotated[
-        str | None,
-        Option(
-            help="What to train for.", click_type=Choice(list(OBJECTIVES)), rich_help_panel=Shape
-        ),
+        ObjectiveName | None, Option(help="What to train for.", rich_help_panel=Shape)
     ] = None,
     num_latents: Annotated[
         int | None, Option(help="Default: 16 times the width.", rich_help_panel=Shape)
@@ -151,7 +148,7 @@ def train(
             "seed": seed,
             "shards": shards,
             "evaluation.every": evaluate_every,
-            "objective.name": objective,
+            "objective.name": None if objective is None else objective.value,
             "objective.k": k,
         }
         config = configs.from_table(
@@ -271,3 +268,83 @@ def _table(metrics: dict[str, Any]) -> Table:
             f"{m['kl_recovered']:.2%}",
         )
     return table
+
+
+def scale(
+    model: Annotated[
+        str | None, typer.Argument(help="A Hub id, a local folder, or 'bundled'.")
+    ] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="Default: runs/MODEL-scale.")] = None,
+    recipe: Annotated[str | None, Option(help="As for `saert train`.")] = None,
+    data: Annotated[
+        list[str] | None, Option(help="As for `saert train`.", metavar="SOURCE")
+    ] = None,
+    context: Annotated[int | None, Option(help="Tokens in a row.")] = None,
+    hookpoint: Annotated[str | None, Option(help="Where to read.", metavar="NAME")] = None,
+    num_latents: Annotated[
+        str, Option(help="Sizes to train.", metavar="N,N,…")
+    ] = "512,1024,2048,4096",
+    k: Annotated[str, Option("-k", "--k", help="Latents a token.", metavar="K,K,…")] = "8,16,32",
+    tokens: Annotated[float | None, Option(help="How many each is trained on.")] = None,
+    batch_tokens: Annotated[int | None, Option(help="Tokens in a step.")] = None,
+    settings: Annotated[
+        list[str] | None, Option("--set", help="Any other setting.", metavar="KEY=VALUE")
+    ] = None,
+    device: Annotated[str, Option(help="cpu, cuda, or auto.")] = "auto",
+    at_once: Annotated[int, Option(min=1, help="Dictionaries that train together.")] = 6,
+    cache_gb: Annotated[float, Option(help="The most the activation cache may hold.")] = 10.0,
+    keep_cache: Annotated[bool, Option("--keep-cache", help="Leave the cache there.")] = False,
+    progress: Annotated[bool, Option("--progress/--no-progress")] = True,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Sweep sizes and k, and fit how the loss falls with compute, latents and k.
+
+    All dictionaries see the same batches. The laws are those of Gao et al. 2024, section 3.
+    """
+    with user_errors():
+        from saert.train import config as configs
+        from saert.train.run import Interrupted
+        from saert.train.sweep import sweep
+
+        options = {
+            "model.name": model,
+            "data.source": data,
+            "data.context": context,
+            "sae.hookpoints": None if hookpoint is None else [hookpoint],
+            "tokens": None if tokens is None else int(tokens),
+            "stream.batch_tokens": batch_tokens,
+        }
+        table = configs.override(_with(_recipe(recipe), options), settings or [])
+        config = configs.from_table(table)
+        folder = out or Path("runs") / f"{Path(config.model.name).name}-scale"
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            found = sweep(
+                config, folder, _numbers(num_latents), _numbers(k), device=device,
+                cache_gb=cache_gb, keep_cache=keep_cache, at_once=at_once,
+                progress=progress and not as_json, say=_say,
+            )  # fmt: skip
+        except Interrupted as stopped:
+            _say(str(stopped))
+            raise typer.Exit(130) from None
+    if as_json:
+        print_json({"folder": str(folder), "fits": {n: f.to_dict() for n, f in found.fits.items()}})
+        return
+    console = Console()
+    for name, law in found.fits.items():
+        header, *rows = law.table()
+        table_of = Table(*header, title=f"{name}: {len(law.points)} points, R² {law.r_squared:.4f}")
+        for row in rows:
+            table_of.add_row(*row)
+        console.print(table_of)
+        for note in law.notes:
+            console.print(f"  {note}", highlight=False)
+    typer.echo(f"{folder}: points.json, fits.json and the plots")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(float(part)) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"{text!r}: expected numbers with commas between them") from None

@@ -272,14 +272,20 @@ def features(
 
 app.command(
     epilog=examples(
-        "saert train bundled --data stories.jsonl --hookpoints resid_post.2 --num-latents 1024 -k 16 "
-        "--tokens 1e6",
+        "saert train bundled --data stories.jsonl --hookpoints resid_post.2 --tokens 1e6 -k 16",
         "saert train --recipe gpt2-small --hookpoints resid_post.6,resid_post.8",
-        "saert train gpt2 --data 'text/*.parquet' --hookpoints 'mlp_in.6->mlp_out.6' --objective "
-        "jumprelu --set objective.target_l0=40",
+        "saert train gpt2 --data 'text/*.parquet' --hookpoints 'mlp_in.6->mlp_out.6'",
+        "saert train … --objective jumprelu --set objective.target_l0=40 --set optimiser.ema=0.999",
         "torchrun --nproc-per-node 8 --no-python saert train --recipe llama-3.1-8b --shards 4",
     )
 )(training.train)
+
+app.command(
+    epilog=examples(
+        "saert scale bundled --data stories.jsonl --hookpoint resid_post.2 --tokens 5e5",
+        "saert scale gpt2 --recipe gpt2-small --num-latents 2048,8192,32768 -k 16,32,64",
+    )
+)(training.scale)
 
 
 @app.command(

@@ -137,8 +137,8 @@ def test_special_tokens_are_served_if_asked_for(model):
 def test_every_batch_takes_equally_many_tokens_from_each_lane(model):
     stream = a_stream(model)
     whole = capture(model, buffer_rows(0), SITES, CONFIG.forward_rows)[SITES[1]]
-    lane = dict(zip(keys(whole), torch.arange(256).div(CONTEXT, rounding_mode="floor") % LANES))
-    found = [int(lane[key]) for key in keys(stream.next().x[SITES[1]])]
+    lane = {key: token // CONTEXT % LANES for token, key in enumerate(keys(whole))}
+    found = [lane[key] for key in keys(stream.next().x[SITES[1]])]
     assert found == [i for i in range(LANES) for _ in range(8)]
 
 
@@ -249,7 +249,7 @@ def test_a_buffer_with_too_few_usable_tokens_is_an_error_that_says_so(model):
             return torch.where(torch.arange(CONTEXT) < 14, EOS, super().take(n))
 
     stream = a_stream(model, rows=OnlySpecial())
-    with pytest.raises(ValueError, match="buffer 0 has . usable tokens in a lane, but a batch .* 8"):
+    with pytest.raises(ValueError, match="buffer 0 has . usable tokens in a lane, but a .* 8"):
         stream.next()
 
 

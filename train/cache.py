@@ -111,8 +111,7 @@ class Cache:
             files = {name: said for one in everyone for name, said in one.items()}
         if mesh.is_first:
             manifest = {"files": files, "rows_after": after}
-            sealed = {**manifest, "seal": _seal(manifest)}
-            write_atomically(self.folder / f"{number:06d}.json", json.dumps(sealed).encode())
+            write_atomically(self.folder / f"{number:06d}.json", sealed(manifest))
         mesh.wait()
 
     def bytes(self, but: int | None = None) -> int:
@@ -141,13 +140,7 @@ class Cache:
 
     def _manifest(self, number: int) -> dict[str, Any] | None:
         path = self.folder / f"{number:06d}.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # no JSON, or not even text
-            return None
-        if not isinstance(found, dict) or found.pop("seal", None) != _seal(found):
-            return None
-        return found
+        return unsealed(path.read_bytes()) if path.exists() else None
 
     def _path(self, number: int, lane: int) -> Path:
         return self.folder / f"{number:06d}-lane{lane}.safetensors"
@@ -159,9 +152,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """A checksum: a wrong position of the rows would change every later buffer unseen."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """JSON with a checksum of itself: a wrong position of the rows would change all that follows,
+    and nobody would see it."""
+    plain = json.loads(json.dumps(content))
+    return json.dumps({**plain, "seal": _seal(plain)}).encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any] | None:
+    """What `sealed` was given, or None if that is not what it wrote."""
+    try:
+        found: Any = json.loads(data)
+    except ValueError:  # no JSON, or not even text
+        return None
+    if not isinstance(found, dict) or found.pop("seal", None) != _seal(found):
+        return None
+    return found
+
+
+def _seal(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _no_space(error: Exception) -> bool:

@@ -9,11 +9,12 @@ checkpoint that loads. Latent-sharded tensors are saved as what they are parts o
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from saert.train.cache import write_atomically
+from saert.train.cache import sealed, sha256, unsealed, write_atomically
 from saert.train.dictionary import is_replicated
 from saert.train.mesh import Mesh
 
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{9})$")
+_WAY_OUT = ". Remove it to go on from the one before, or choose another output folder"
 
 
 class CheckpointError(RuntimeError):
@@ -60,9 +62,12 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         mesh.wait()
-        state_dict_saver.save(_placed(tensors, mesh), checkpoint_id=partial)
+        with _quiet():
+            state_dict_saver.save(_placed(tensors, mesh), checkpoint_id=partial)
         if mesh.is_first:
-            write_atomically(partial / STATE, json.dumps({**state, "step": step}).encode())
+            files = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+            content = sealed({**state, "step": step, "files": files})
+            write_atomically(partial / STATE, content)
             _sync(partial)
             shutil.rmtree(folder / name, ignore_errors=True)
             os.rename(partial, folder / name)
@@ -80,23 +85,47 @@ def save(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `save` was given as state, and its step."""
-    found: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    """What `save` was given as state, its step, and its files' checksums.
+
+    Raises CheckpointError if it is damaged.
+    """
+    found = unsealed((path / STATE).read_bytes())
+    if found is None:
+        raise CheckpointError(f"checkpoint {path.name}: {STATE} is damaged{_WAY_OUT}")
     return found
 
 
 def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
     """Fill `tensors` in place from a checkpoint, whatever number of processes wrote it.
 
-    Raises CheckpointError if a tensor is missing or has another shape.
+    Raises CheckpointError if a tensor is missing or has another shape, or a file is damaged.
     """
+    files = sorted(read_state(path)["files"].items())
+    own = files[mesh.replica * mesh.shards + mesh.shard :: mesh.world]
+    damaged = [name for name, sha in own if not _is(path / name, sha)]
+    if mesh.any(bool(damaged)):  # torch would read most of it, and wrong numbers among it
+        name = damaged[0] if damaged else "a file"
+        raise CheckpointError(f"checkpoint {path.name}: {name} is damaged{_WAY_OUT}")
     try:
-        state_dict_loader.load(_placed(tensors, mesh), checkpoint_id=path)
+        with _quiet():
+            state_dict_loader.load(_placed(tensors, mesh), checkpoint_id=path)
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"checkpoint {path.name}: {_cause(error)}; it belongs to another configuration or is "
-            "damaged. Choose another output folder, or remove it to go on from the one before"
+            f"checkpoint {path.name}: {_cause(error)}; it belongs to another configuration"
+            f"{_WAY_OUT}"
         ) from error
+
+
+def _is(path: Path, sha: str) -> bool:
+    return path.is_file() and sha256(path) == sha
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning, at each save, that there is one process: that is how most runs are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _placed(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:

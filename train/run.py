@@ -122,6 +122,7 @@ class Run:
         self.step, self.losing = 0, 0
         found = checkpoint.checkpoints(folder) if folder is not None else []
         state = checkpoint.read_state(found[-1]) if found else None
+        self.won = state is not None  # whether it was ever not losing
         if state is not None:
             stream.load_state_dict(state["stream"])
         sample = stream.sample(SAMPLE)
@@ -179,8 +180,8 @@ class Run:
                 if report is not None:
                     report(self.step, logs)
                 stop = self.mesh.any(asked.is_set())
-                # the last good checkpoint should be from before the losses, if they stay
-                due = self.step % self.plan.save_every == 0 and not self.losing
+                # a run that begins to diverge keeps its checkpoints from before
+                due = self.step % self.plan.save_every == 0 and not (self.losing and self.won)
                 if stop or due or self.step == last:
                     self.save()
                 if stop:
@@ -205,6 +206,7 @@ class Run:
                     raise TrainingError(self._lost(member, f"{name} is {value}"))
         worst = max(log["fvu"] for log in logs.values())
         self.losing = self.losing + 1 if worst > 1.5 else 0
+        self.won = self.won or not self.losing
         if self.losing >= DIVERGED:
             raise TrainingError(
                 f"step {self.step}: the fraction of variance unexplained was above 1.5 for "

@@ -113,8 +113,8 @@ class Session:
         names = [str(read) for read, _ in sae.pairs()]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(
-                f"sae.hookpoints has two dictionaries that read {twice[0]}: results are named after "
-                "where they read; train them in two runs"
+                f"sae.hookpoints has two dictionaries that read {twice[0]}, after which both would "
+                "be named; train them in two runs"
             )
         return [
             Job(

@@ -1,20 +1,14 @@
-"""A recipe: everything that decides a training run, as frozen data read from TOML.
-
-Folders, ids and logging belong to the command line. A key that no field knows is an error, so that
-a misspelt setting can never be silently ignored.
-"""
+"""The recipe of the bundled model and its SAEs, as frozen data read from TOML."""
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+from saert.train.config import RECIPES, build, load_table
 
-BUNDLED_RECIPE = Path(__file__).parent / "recipes" / "bundled.toml"
+BUNDLED_RECIPE = RECIPES / "bundled.toml"
 
 
 @dataclass(frozen=True)
@@ -80,23 +74,6 @@ class Recipe:
         return asdict(self)
 
 
-def build(cls: type[T], table: Mapping[str, Any]) -> T:
-    """Build the frozen dataclass `cls`; lists become tuples, sub-tables their own dataclass."""
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(table) - set(known)):
-        raise ValueError(f"unknown key {unknown[0]!r} in {cls.__name__}; known: {', '.join(known)}")
-    parts = {"data": DataConfig, "language_model": LanguageModelConfig, "sae": SAEConfig}
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        part = parts.get(key) if cls is Recipe else None
-        values[key] = build(part, value) if part else _freeze(value)
-    return cls(**values)
-
-
-def _freeze(value: Any) -> Any:
-    return tuple(map(_freeze, value)) if isinstance(value, list) else value
-
-
 def load_recipe(path: Path) -> Recipe:
-    with path.open("rb") as file:
-        return build(Recipe, tomllib.load(file))
+    """Raises ConfigError for a key or value that no field knows."""
+    return build(Recipe, load_table(path))

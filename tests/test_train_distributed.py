@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import distributed_cases
+import distributed_run
 import pytest
 import torch
 
@@ -45,3 +46,21 @@ def test_every_objective_trains_as_in_one_process(shards, replicas, alone, tmp_p
         for tensor, value in expected.items():
             close = torch.allclose(found[tensor].double(), value.double(), rtol=1e-8, atol=1e-10)
             assert close, (name, tensor, (found[tensor] - value).abs().max())
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_numbers_of_processes(tmp_path):
+    """4 processes (2 replicas of 2 shards), then 1, then 2 shards: as one process throughout."""
+    expected = distributed_run.train(tmp_path / "alone", Mesh())
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    torchrun(4, HERE / "distributed_run.py", folder, 2, 5)
+    first = torch.load(folder / "until-5.pt")
+    middle = distributed_run.train(folder / "checkpoints", Mesh(), 9)
+    torchrun(2, HERE / "distributed_run.py", folder, 2, distributed_run.STEPS)
+    last = torch.load(folder / f"until-{distributed_run.STEPS}.pt")
+    logged = {name: t for part in (first, middle, last) for name, t in part.items()}
+    assert logged.keys() == expected.keys() and "9/jumprelu/l0" in middle
+    for name, value in expected.items():
+        close = torch.allclose(logged[name].double(), value.double(), rtol=1e-8, atol=1e-10)
+        assert close, (name, (logged[name] - value).abs().max())

@@ -137,8 +137,9 @@ class Run:
                 member.training.updates = self.step
 
     def _member(self, job: Job, sample: Mapping[Hookpoint, Tensor], units: Any) -> Member:
-        to = {"device": self.plan.device, "dtype": self.plan.dtype}
-        x, y = sample[job.hookpoint].to(**to), sample[job.target or job.hookpoint].to(**to)
+        device, dtype = self.plan.device, self.plan.dtype
+        x = sample[job.hookpoint].to(device=device, dtype=dtype)
+        y = sample[job.target or job.hookpoint].to(device=device, dtype=dtype)
         transcodes = job.target is not None
         if units is None:
             kind = job.objective.normalise if job.normalise == "auto" else job.normalise

@@ -384,7 +384,7 @@ def _check_folder(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
     """Nested tables with dotted keys, as settings name them."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in table.items():
         inner = _flat(value) if isinstance(value, Mapping) else {"": value}
         found |= {f"{key}.{name}".rstrip("."): v for name, v in inner.items()}

@@ -12,6 +12,7 @@ from the cache. The same command goes on with a stopped sweep.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -98,7 +99,8 @@ def fit(points: Sequence[Point]) -> Sweep:
     last: dict[tuple[int, int], Point] = {}
     for point in sorted(points, key=lambda p: p.tokens):
         last[point.num_latents, point.k] = point
-    final, unit = list(last.values()), max(p.flops for p in points)
+    final = list(last.values())
+    unit = 10.0 ** math.floor(math.log10(max(p.flops for p in points)))
     asked: dict[str, Callable[[], Fit[Any]]] = {
         "compute": lambda: scaling.fit_compute(points, unit=unit),
         "joint": lambda: scaling.fit_joint(final),

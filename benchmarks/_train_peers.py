@@ -1,9 +1,9 @@
 """sparsify, SAELens and dictionary_learning, training: whole runs, and whole steps.
 
-A run is the library's own trainer on recorded activations, with its own defaults; two settings bend,
-because a run here is short: a warm-up of 1,000 steps becomes a tenth of the run, if that is less,
-and `dead_tokens` may replace the library's own idea of a dead latent. What a library would save is
-what is measured.
+A run is the library's own trainer on recorded activations, with its own defaults. Two settings
+bend, because a run here is short: a warm-up of 1,000 steps becomes a tenth of the run, if that is
+less, and `dead_tokens` may replace the library's own idea of a dead latent. What a library would
+save is what is measured.
 
 A step is everything that the trainer does for one batch, logging to wandb and progress bars aside.
 """

@@ -385,8 +385,8 @@ def main(
     notes = [*about, *(f"{lib.name}: {lib.settings}" for lib in libraries)]
     found = verdicts(rows)
     if save:
-        kind = "-".join(["train_quality", *(["auxk"] if dead_tokens else []), *([only] or [])])
-        path = write(results, kind.strip("-"), rows, notes=notes, verdicts=found)
+        kind = "-".join(filter(None, ["train_quality", "auxk" if dead_tokens else "", only]))
+        path = write(results, kind, rows, notes=notes, verdicts=found)
     console.print(f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {seeds} seeds")
     console.print(table(rows))
     console.print("\n".join([*notes, "", *found]), highlight=False)

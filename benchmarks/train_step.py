@@ -3,7 +3,7 @@
     python benchmarks/train_step.py --save
     python benchmarks/train_step.py --half           # in bfloat16 arithmetic
     python benchmarks/train_step.py --dead 0.125     # AuxK at work, on an eighth of the latents
-    python benchmarks/train_step.py --end-to-end     # with the language model, on bundled activations
+    python benchmarks/train_step.py --end-to-end     # with the language model, the bundled one
 
 A step is all that a trainer does for a batch of activations: loss, AuxK's machinery, backward, the
 gradient's projection or clipping, the optimiser, the decoder's norms, the count of silent latents,

@@ -82,7 +82,7 @@ def card(sae: SAE, name: str, record: Mapping[str, Any], metrics: Mapping[str, A
         datasets=dataset,
         kind="Sparse transcoder" if arrow else "Sparse autoencoder",
         where=f"{sae.hookpoint}{arrow}",
-        hookpoint=sae.target_hookpoint or sae.hookpoint,
+        hookpoint=sae.hookpoint,
         num_latents=sae.num_latents,
         d_in=sae.d_in,
         to=f" to {sae.d_out}" if arrow else "",

@@ -109,6 +109,8 @@ def start_from(d: Dictionary, sae: SAE, units: Units) -> None:
             f"init: the SAE has num_latents, d_in, d_out = {found}, this run "
             f"{[d.num_latents, d.d_in, d.d_out]}"
         )
+    if sae.select_by_decoder_norm:
+        raise ValueError("init: the SAE selects by decoder norm, which no dictionary here does")
     if sae.input_transform != units.transform or (sae.W_skip is None) != (d.W_skip is None):
         raise ValueError(
             f"init: the SAE has {sae.input_transform} and W_skip {sae.W_skip is not None}; this "
@@ -125,6 +127,9 @@ def start_from(d: Dictionary, sae: SAE, units: Units) -> None:
             "W_skip": sae.W_skip,
         }
     )
+    norm = whole["W_dec"].norm(dim=-1)  # objectives hold it at 1: let activations carry it instead
+    whole["W_dec"] = unit(whole["W_dec"])
+    whole["W_enc"], whole["b_enc"] = whole["W_enc"] * norm[:, None], whole["b_enc"] * norm
     for name in ("W_enc", "W_dec", "b_enc"):
         getattr(d, name).copy_(whole[name][d.latents])
     for name in ("b_dec", "W_skip"):

@@ -13,13 +13,10 @@ in the same folder is refused.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,8 @@ from saert.train.cards import card
 from saert.train.config import ConfigError, TrainConfig
 from saert.train.evaluate import Metrics, evaluate
 from saert.train.mesh import Mesh
+from saert.train.record import check_folder, model_facts, public_name, record
+from saert.train.record import write as write_record
 from saert.train.report import Report
 from saert.train.row_stream import RowStream
 from saert.train.rows import Prefetched, TokenRows, heldout_rows, special_mask
@@ -43,10 +42,8 @@ from saert.train.run import Job, Plan, Run, Stream
 from saert.train.stream import ActivationStream
 from saert.train.text import Documents
 
-RECORD = "run.json"
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
           "fp64": torch.float64}  # fmt: skip
-FREE = ("checkpoint", "evaluation", "shards")  # may change when a run goes on
 
 
 class Session:
@@ -138,8 +135,17 @@ class Session:
         return int(width)
 
     def _start(self) -> SAE | None:
-        source = self.config.sae.init
-        return None if source is None else load_string(source)
+        source, pairs = self.config.sae.init, self.config.sae.pairs()
+        if source is None:
+            return None
+        sae = load_string(source)
+        own = (sae.hookpoint, sae.target_hookpoint)
+        if sae.hookpoint is not None and pairs != [own]:
+            raise ConfigError(
+                f"sae.init reads {sae.hookpoint} and sae.hookpoints are "
+                f"{', '.join(self.config.sae.hookpoints)}; start that hookpoint alone"
+            )
+        return sae
 
     def stream(self, jobs: list[Job]) -> Stream:
         """The batches that those jobs need."""
@@ -177,10 +183,10 @@ class Session:
         if self.cache_folder is None:
             return None
         c = self.config
-        stream = asdict(c.stream)
+        stream, sources = asdict(c.stream), [public_name(s) for s in c.data.source]
         facts = {
-            "model": asdict(c.model),
-            "data": {**asdict(c.data), **self.documents.facts()},
+            "model": {"dtype": c.model.dtype, **model_facts(c, self.facts)},
+            "data": {**asdict(c.data), "source": sources, **self.documents.facts()},
             "hookpoints": sites,
             "gradient": gradient,
             # a token that is an outlier anywhere is served nowhere
@@ -207,26 +213,6 @@ class Session:
             keep=c.checkpoint.keep,
         )
 
-    def record(self) -> dict[str, Any]:
-        """What decides the numbers, and where they were made."""
-        packages = ("saert", "torch", "transformers", "datasets", "tokenizers", "safetensors")
-        model, config = _public(self.config.model.name), self.config.to_dict()
-        config["data"]["source"] = [_public(source) for source in self.config.data.source]
-        config["model"]["name"] = model
-        if self.config.sae.init is not None:
-            config["sae"]["init"] = _public(self.config.sae.init)
-        return {
-            "config": json.loads(json.dumps(config)),
-            "data": self.documents.facts(),
-            "model": {
-                "name": model,
-                "commit": getattr(self.facts, "_commit_hash", None),
-            },
-            "versions": {name: _version(name) for name in packages}
-            | {"python": platform.python_version()},
-            "git_commit": _git_commit(),
-        }
-
 
 def train(
     config: TrainConfig,
@@ -251,16 +237,15 @@ def train(
     """
     mesh = Mesh.of(config.shards, device)
     session = Session(config, device=device, mesh=mesh, cache=cache, cache_gb=cache_gb)
-    record = session.record()
-    _check_folder(folder, record)
+    found = record(config, session.documents.facts(), session.facts)
+    check_folder(folder, found)
     jobs = session.jobs()
     if finished := _finished(folder, jobs):
         say(f"{folder} is finished; nothing to do")
         return finished
     if mesh.is_first:
         _ = session.heldout  # too little text is an error now, not after the last step
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / RECORD, json.dumps(record, indent=2).encode())
+        write_record(folder, found)
     run = Run(jobs, session.stream(jobs), session.plan(), folder / "checkpoints", mesh)
     if run.step:
         say(f"going on from step {run.step:,} of {config.steps:,}")
@@ -270,7 +255,7 @@ def train(
             report = stack.enter_context(
                 Report(
                     folder,
-                    record["config"],
+                    found["config"],
                     total=config.steps * config.stream.batch_tokens,
                     batch_tokens=config.stream.batch_tokens,
                     done=run.step,
@@ -281,7 +266,7 @@ def train(
             )
         _train(run, session, report)
         run.calibrate()
-        return _publishable(run, session, folder, record, report)
+        return _publishable(run, session, folder, found, report)
 
 
 def _train(run: Run, session: Session, report: Report | None) -> None:
@@ -363,58 +348,3 @@ def _finished(folder: Path, jobs: list[Job]) -> dict[str, dict[str, Any] | None]
             return {}
         found[job.name] = json.loads((at / "metrics.json").read_text(encoding="utf-8"))
     return found
-
-
-def _check_folder(folder: Path, record: Mapping[str, Any]) -> None:
-    """Refuse to go on with another run."""
-    path = folder / RECORD
-    if not path.exists():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for part in ("config", "data", "model"):
-        old, new = _flat(before.get(part, {})), _flat(json.loads(json.dumps(record[part])))
-        keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        keys = [k for k in keys if k.split(".")[0] not in FREE]
-        if keys:
-            raise ConfigError(
-                f"{folder} holds a run with {part}.{keys[0]} = {old.get(keys[0])!r}, this one has "
-                f"{new.get(keys[0])!r}; choose another folder, or the old settings to go on"
-            )
-
-
-def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables with dotted keys, as settings name them."""
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        inner = _flat(value) if isinstance(value, Mapping) else {"": value}
-        found |= {f"{key}.{name}".rstrip("."): v for name, v in inner.items()}
-    return found
-
-
-def _public(name: str) -> str:
-    """A name that says nothing about this machine: a local path becomes its last part."""
-    if name == "bundled":
-        return bundled.BASE_MODEL
-    local = Path(name).expanduser()
-    return local.name if local.is_absolute() or local.exists() or "*" in name else name
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of a checkout that saert runs from, with "+" if files differ from it."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -65,13 +65,13 @@ class Library:
     """One way to train a TopK SAE.
 
     Attributes:
-        rate: of a dictionary of so many latents, the library's default.
+        rate: the library's default for a task.
         train: (task, seed, rate) -> the trained SAE.
         settings: what is used, in a sentence.
     """
 
     name: str
-    rate: Callable[[int], float]
+    rate: Callable[[Task], float]
     train: Callable[[Task, int, float], Trained]
     settings: str
 
@@ -205,8 +205,8 @@ def _dictionary_learning(task: Task, seed: int, rate: float) -> Trained:
     return trained
 
 
-def _inverse_root(base: float) -> Callable[[int], float]:
-    return lambda num_latents: float(base / (num_latents / 2**14) ** 0.5)
+def _inverse_root(base: float) -> Callable[[Task], float]:
+    return lambda task: float(base / (task.num_latents / 2**14) ** 0.5)
 
 
 LIBRARIES = (
@@ -226,7 +226,7 @@ LIBRARIES = (
     ),
     Library(
         "SAELens",
-        lambda num_latents: 3e-4,
+        lambda task: 3e-4,
         _saelens,
         "SAETrainer.fit on TopKTrainingSAE: Adam, lr 3e-4 constant, summed squared error, AuxK "
         "after 1,000 silent steps (coefficient 1, not normalised), gradient norm cut to 1, decoder "

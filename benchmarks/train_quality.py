@@ -60,7 +60,7 @@ from saert.train.run import Job, Plan, Run  # noqa: E402
 from saert.train.session import Session  # noqa: E402
 from saert.train.stream import Served, StreamConfig  # noqa: E402
 from saert.train.text import DataConfig  # noqa: E402
-from saert.train.training import OptimiserConfig  # noqa: E402
+from saert.train.training import DEAD_TOKENS, OptimiserConfig, default_rate  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -128,8 +128,7 @@ def train_saert(
 ) -> Trained:
     """A `Run`, as `saert.train.session` makes it. `more`: other settings of the optimiser."""
     site = Hookpoint.parse("resid_post.0")
-    if task.dead_tokens is not None:
-        more |= {"dead_tokens": task.dead_tokens}
+    more |= {"dead_tokens": task.dead_tokens or min(DEAD_TOKENS, task.steps * task.batch // 20)}
     optimiser = OptimiserConfig(lr=rate / math.sqrt(2**14 / task.num_latents), **more)
     job = Job("it", site, None, task.num_latents, objective or TopKObjective(task.k), seed=seed)
     run = Run([job], Replay(task, site), Plan(task.steps, optimiser), None, Mesh())
@@ -146,12 +145,12 @@ def train_saert(
 
 SAERT = Library(
     "saert",
-    lambda num_latents: TopKObjective.lr * math.sqrt(2**14 / num_latents),
+    lambda task: default_rate(TopKObjective.lr, task.num_latents, task.x.shape[1], task.steps),
     train_saert,
     "train.run.Run with TopKObjective and OptimiserConfig as they are: Adam, eps "
-    f"{OptimiserConfig.eps:g}, lr {TopKObjective.lr:g}·√(2¹⁴/n), warm-up {OptimiserConfig.warmup} "
+    f"{OptimiserConfig.eps:g}, lr by default_rate, warm-up {OptimiserConfig.warmup} "
     f"and decay {OptimiserConfig.decay} of the run, FVU, AuxK {TopKObjective.aux:g} after "
-    f"{OptimiserConfig.dead_tokens:,} silent tokens, unit-norm decoder, b_dec at the geometric "
+    "a twentieth of the run in silence, unit-norm decoder, b_dec at the geometric "
     "median and the encoder scaled on 32,768 tokens.",
 )
 
@@ -212,7 +211,7 @@ def run_library(
 ) -> Iterator[Row]:
     """The library's rows: default, and tuned if asked."""
     task = about.task
-    rate = library.rate(task.num_latents)
+    rate = library.rate(task)
 
     @functools.cache
     def once(seed: int, rate: float) -> tuple[Trained, float]:

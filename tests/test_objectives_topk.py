@@ -6,11 +6,12 @@ from objective_cases import a_batch, a_dictionary, a_step, planted, trained
 
 from saert.hookpoint import Hookpoint
 from saert.sae import SAE
+from saert.train.dictionary import Dictionary
 from saert.train.export import to_sae
 from saert.train.mesh import Mesh
 from saert.train.objectives.base import Batch, aux_loss, k_aux_for, unexplained, variance
 from saert.train.objectives.topk import TopKObjective
-from saert.train.training import OptimiserConfig, Training
+from saert.train.training import OptimiserConfig, Training, clip_gradient, default_rate
 from saert.train.units import Units
 
 
@@ -221,6 +222,24 @@ def test_the_rate_falls_with_the_root_of_the_latents():
     assert rates[0] == pytest.approx(2 * rates[1]) and rates[0] == pytest.approx(
         1e-3 * (2**14 / 48) ** 0.5
     )
+
+
+def test_without_a_rate_narrow_models_and_short_runs_get_a_larger_one():
+    assert default_rate(2e-4, 2**14, 768, 50_000) == pytest.approx(2e-4)
+    assert default_rate(2e-4, 2**12, 192, 1250) == pytest.approx(2e-4 * 2 * 2 * 2)
+    d = a_dictionary()
+    training = Training(d, TopKObjective(k=4), OptimiserConfig(), 100)
+    assert training.rate == default_rate(2e-4, 48, 16, 100)
+
+
+def test_the_gradient_norm_is_exact_for_large_gradients():
+    big = Dictionary(
+        *(torch.randn(20_000, 256) for _ in range(2)), torch.zeros(20_000), torch.zeros(256)
+    )
+    for p in big.parameters():
+        p.grad = torch.randn_like(p) + 1
+    exact = torch.stack([p.grad.double().square().sum() for p in big.parameters()]).sum().sqrt()
+    assert clip_gradient(big, None).item() == pytest.approx(exact.item(), rel=1e-6)
 
 
 def test_shares_of_replicas_add_up():

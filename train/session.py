@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from saert.train.rows import Prefetched, TokenRows, heldout_rows, special_mask
 from saert.train.run import Job, Plan, Run, Stream
 from saert.train.stream import ActivationStream
 from saert.train.text import Documents
+from saert.train.training import DEAD_TOKENS
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
           "fp64": torch.float64}  # fmt: skip
@@ -203,9 +204,12 @@ class Session:
         c = self.config
         if c.sae.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = True
+        dead_tokens = c.optimiser.dead_tokens
+        if dead_tokens is None:
+            dead_tokens = min(DEAD_TOKENS, c.tokens // 20)
         return Plan(
             steps=c.steps,
-            optimiser=c.optimiser,
+            optimiser=replace(c.optimiser, dead_tokens=dead_tokens),
             dtype=torch.float64 if c.sae.precision == "fp64" else torch.float32,
             compute=torch.bfloat16 if c.sae.precision == "bf16" else None,
             device=self.device,

@@ -18,19 +18,25 @@ from saert.train.dictionary import REPLICATED, Dictionary
 from saert.train.objectives.base import Batch, Loss, Objective, Step
 from saert.train.schedule import trapezoid
 
+DEAD_TOKENS = 10_000_000  # Gao et al. 2024
+
+# `default_rate` was measured at these two; see LOG.md
+PUBLISHED_WIDTH, PUBLISHED_STEPS = 768, 5000
+
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """Adam as Gao et al. 2024 use it. None: the objective's own."""
+    """Adam as Gao et al. 2024 use it."""
 
-    lr: float | None = None  # at 16,384 latents; scaled by 1/√num_latents
-    betas: tuple[float, float] | None = None
+    lr: float | None = None  # at 16,384 latents, scaled by 1/√num_latents; None: `default_rate`
+    betas: tuple[float, float] | None = None  # None: the objective's own
     eps: float = 6.25e-10  # tiny, because gradients are averaged over the batch
     warmup: float = 0.01  # the first part of the steps, in which the rate rises
     decay: float = 0.2  # the last part, in which it falls to zero
     clip: float | None = None  # of the gradient's norm over all parameters
     ema: float = 0.0  # of the parameters; 0: none. The paper's: 0.999
-    dead_tokens: int = 10_000_000  # a latent silent for longer is dead
+    dead_tokens: int | None = None  # a latent silent for longer is dead; None: DEAD_TOKENS, or a
+    # twentieth of the run if that is less
 
     def __post_init__(self) -> None:
         if not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
@@ -56,8 +62,10 @@ class Training:
         """`objective.prepare` has to have been called: it may add parameters."""
         self.dictionary, self.objective, self.config = dictionary, objective, config
         self.steps, self.seed = steps, seed
-        base = config.lr if config.lr is not None else objective.lr
-        self.rate = base * math.sqrt(2**14 / dictionary.num_latents)
+        if config.lr is None:
+            self.rate = default_rate(objective.lr, dictionary.num_latents, dictionary.d_in, steps)
+        else:
+            self.rate = config.lr * math.sqrt(2**14 / dictionary.num_latents)
         self.optimiser = torch.optim.Adam(
             dictionary.parameters(),
             lr=self.rate,
@@ -82,7 +90,8 @@ class Training:
     @property
     def dead(self) -> Tensor:
         """bool [local]: silent for longer than `dead_tokens`."""
-        return torch.gt(self.since, self.config.dead_tokens)
+        limit = self.config.dead_tokens
+        return torch.gt(self.since, DEAD_TOKENS if limit is None else limit)
 
     def step(self, batch: Batch, number: int) -> dict[str, Tensor]:
         """One update by step `number`. Returns what to log, as scalars of the whole batch."""
@@ -168,24 +177,42 @@ class Training:
         return state
 
 
+def default_rate(lr: float, num_latents: int, d_in: int, steps: int) -> float:
+    """The learning rate where none is given.
+
+        lr · √(16,384 / num_latents) · √(768 / d_in) · √max(1, 5,000 / steps)
+
+    The first factor is the rule of Gao et al. 2024. The others are ours, from sweeps on small
+    models: published rates are for wide models and long runs, and leave a short run half trained.
+    """
+    short = max(1.0, PUBLISHED_STEPS / steps)
+    return lr * math.sqrt(2**14 / num_latents * PUBLISHED_WIDTH / d_in * short)
+
+
 @torch.no_grad()
 def remove_parallel_gradient(d: Dictionary) -> None:
     """Project each decoder direction's gradient off the direction: its length is not free."""
     gradient = d.W_dec.grad
     assert gradient is not None
-    gradient -= (gradient * d.W_dec).sum(-1, keepdim=True) * d.W_dec
+    along = torch.linalg.vecdot(gradient, d.W_dec).unsqueeze(-1)
+    gradient.addcmul_(along, d.W_dec, value=-1)
 
 
 @torch.no_grad()
 def normalise_decoder(d: Dictionary) -> None:
     """Every decoder direction back to unit norm."""
-    d.W_dec.copy_(unit(d.W_dec))
+    d.W_dec.div_(length(d.W_dec))
 
 
 def unit(rows: Tensor) -> Tensor:
     """Rows of unit norm; a row of zeros stays zero."""
-    length: Tensor = rows.norm(dim=-1, keepdim=True)
-    return rows / length.clamp_min(torch.finfo(rows.dtype).tiny)
+    return rows / length(rows)
+
+
+def length(rows: Tensor) -> Tensor:
+    """Norms [rows, 1], of a row of zeros the smallest number there is."""
+    norm: Tensor = rows.norm(dim=-1, keepdim=True)
+    return norm.clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 @torch.no_grad()
@@ -197,7 +224,8 @@ def clip_gradient(d: Dictionary, limit: float | None) -> Tensor:
     own = shared = d.b_dec.new_zeros((), dtype=torch.float64)
     for name, p in d.named_parameters():
         if p.grad is not None:
-            square = p.grad.double().square().sum()
+            # by rows: one float32 sum over millions is a thousandth off
+            square = torch.linalg.vector_norm(p.grad, dim=-1).double().square().sum()
             own, shared = (own, shared + square) if name in REPLICATED else (own + square, shared)
     norm = (d.mesh.sum_latents(own) + shared).sqrt()
     if limit is not None:

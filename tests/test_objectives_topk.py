@@ -227,6 +227,7 @@ def test_the_rate_falls_with_the_root_of_the_latents():
 def test_without_a_rate_narrow_models_and_short_runs_get_a_larger_one():
     assert default_rate(2e-4, 2**14, 768, 50_000) == pytest.approx(2e-4)
     assert default_rate(2e-4, 2**12, 192, 1250) == pytest.approx(2e-4 * 2 * 2 * 2)
+    assert default_rate(2e-4, 64, 16, 10) == 0.016
     d = a_dictionary()
     training = Training(d, TopKObjective(k=4), OptimiserConfig(), 100)
     assert training.rate == default_rate(2e-4, 48, 16, 100)

@@ -20,8 +20,8 @@ from saert.train.schedule import trapezoid
 
 DEAD_TOKENS = 10_000_000  # Gao et al. 2024
 
-# `default_rate` was measured at these two; see LOG.md
-PUBLISHED_WIDTH, PUBLISHED_STEPS = 768, 5000
+# of `default_rate`: where published rates are used as they are, and what no sweep exceeded (LOG.md)
+PUBLISHED_WIDTH, PUBLISHED_STEPS, LARGEST_RATE = 768, 5000, 0.016
 
 
 @dataclass(frozen=True)
@@ -180,13 +180,13 @@ class Training:
 def default_rate(lr: float, num_latents: int, d_in: int, steps: int) -> float:
     """The learning rate where none is given.
 
-        lr · √(16,384 / num_latents) · √(768 / d_in) · √max(1, 5,000 / steps)
+        lr · √(16,384 / num_latents) · √(768 / d_in) · √max(1, 5,000 / steps),    at most 0.016
 
     The first factor is the rule of Gao et al. 2024. The others are ours, from sweeps on small
     models: published rates are for wide models and long runs, and leave a short run half trained.
     """
     short = max(1.0, PUBLISHED_STEPS / steps)
-    return lr * math.sqrt(2**14 / num_latents * PUBLISHED_WIDTH / d_in * short)
+    return min(LARGEST_RATE, lr * math.sqrt(2**14 / num_latents * PUBLISHED_WIDTH / d_in * short))
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ def train(
         str | None, typer.Argument(help="A Hub id, a local folder, or 'bundled'.")
     ] = None,
     out: Annotated[
-        Path | None, Option("--out", "-o", help="The run's folder. Default: runs/MODEL-OBJECTIVE.")
+        Path | None,
+        Option("--out", "-o", help="The run's folder. Default: named after the run."),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -134,6 +135,7 @@ def train(
             _list_recipes(configs)
             return
         options = {
+            "objective.name": None if objective is None else objective.value,  # before what it has
             "model.name": model,
             "data.source": data,
             "data.field": field,
@@ -148,7 +150,6 @@ def train(
             "seed": seed,
             "shards": shards,
             "evaluation.every": evaluate_every,
-            "objective.name": None if objective is None else objective.value,
             "objective.k": k,
         }
         config = configs.from_table(
@@ -157,7 +158,8 @@ def train(
         if dry_run:
             print_json(config.to_dict())
             return
-        folder = out or Path("runs") / f"{Path(config.model.name).name}-{config.objective.name}"
+        parts = (Path(config.model.name).name, config.objective.name, *config.sae.hookpoints)
+        folder = out or Path("runs") / "-".join(parts).replace("->", "-").replace("/", "-")
         metrics = _run(config, folder, device, cache=cache, cache_gb=cache_gb, wandb=wandb,
                        tensorboard=tensorboard, progress=progress and not as_json)  # fmt: skip
     if metrics is None:
@@ -227,9 +229,14 @@ def _with(table: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         *tables, key = path.split(".")
         here = table
         for name in tables:
+            if isinstance(here.get(name), str):  # objective = "topk" is short for its name
+                here[name] = {"name": here[name]}
             here = here.setdefault(name, {})
-        if path == "objective.name" and here.get("name", value) != value:
-            here.clear()  # the recipe's settings are those of another objective
+        if path == "objective.name" and here and here.get("name", "topk") != value:
+            # the recipe's settings, and its optimiser's, are those of another objective
+            here.clear()
+            table.pop("optimiser", None)
+            table.get("sae", {}).pop("normalise", None)
         here[key] = value
     return table
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import HIDDEN, VOCAB, tiny
+from tiny_models import FALCON, HIDDEN, VOCAB, build, tiny
 from torch.nn import functional as F
 
 from saert.activations import TopK
@@ -10,6 +10,7 @@ from saert.hookpoint import Hookpoint
 from saert.hooks import hooked
 from saert.sae import SAE
 from saert.train.activations import capture
+from saert.train.downstream import gradients
 from saert.train.evaluate import DENSITY_EDGES, Unexplained, evaluate
 
 
@@ -43,6 +44,29 @@ def test_capture_reads_what_transformers_returns(model):
     assert torch.equal(
         capture(model, rows, [hookpoint], batch=3)[hookpoint], states[1].flatten(0, 1)
     )
+
+
+def test_a_model_that_adds_in_place_is_captured_as_it_was():
+    """Falcon adds attention's output to the MLP's tensor after the hook has seen it."""
+    model = build("Falcon", **(FALCON | dict(parallel_attn=True, new_decoder_architecture=False)))
+    rows, site = some_rows(), Hookpoint.parse("mlp_out.1")
+    seen = []
+    with hooked(model, site, lambda state: seen.append(state.clone())):
+        model(rows)
+    expected = seen[0].flatten(0, -2)
+    assert torch.equal(capture(model, rows, [site])[site], expected)
+    x, _ = gradients(model, rows, [site])[site]
+    torch.testing.assert_close(x, expected)
+
+
+def test_capture_runs_no_further_than_it_has_to(model):
+    calls = []
+    handle = model.transformer.h[2].register_forward_hook(lambda *_: calls.append(1))
+    capture(model, some_rows(), [Hookpoint.parse("resid_post.1"), Hookpoint.parse("mlp_in.0")])
+    assert not calls
+    capture(model, some_rows(), [Hookpoint.parse("resid_post.2")])
+    assert calls
+    handle.remove()
 
 
 def test_hooks_leave_nothing_behind(model):

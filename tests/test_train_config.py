@@ -62,6 +62,13 @@ def test_what_is_written_down_reads_back_the_same(name):
         ("stream.max_norm=0.5", r"max_norm is 0\.5, expected above 1"),
         ("optimiser.clip=-1", r"must be positive"),
         ("data.bos=first", r"data.*bos is 'first'"),
+        ("tokens=10", r"tokens is 10, expected at least 4096"),
+        ("seed=-1", r"seed is -1"),
+        ("checkpoint.every=0", r"checkpoint: every is 0, expected at least 1"),
+        ("evaluation.every=-3", r"evaluation: every is -3"),
+        ("optimiser.clip=nan", r"must be positive"),
+        ("objective.k=0", r"topk: k 0"),
+        ("objective.k_aux=0", r"k_aux 0"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(setting, message):

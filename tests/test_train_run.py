@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from objective_cases import planted
+from objective_cases import planted, trained
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from saert.activations import TopK
+from saert.activations import Gated, JumpReLU, TopK
 from saert.hookpoint import Hookpoint
 from saert.hub import bundled
 from saert.hub.load import load
@@ -30,14 +30,17 @@ from saert.train.checkpoint import CheckpointError, checkpoints
 from saert.train.config import ConfigError, from_table
 from saert.train.evaluate import Metrics, evaluate
 from saert.train.export import to_sae
-from saert.train.initialise import geometric_median, new_dictionary, random_directions
+from saert.train.initialise import geometric_median, new_dictionary, random_directions, start_from
 from saert.train.mesh import Mesh
+from saert.train.objectives import OBJECTIVES as BY_NAME
+from saert.train.objectives.base import Batch, Step
 from saert.train.objectives.batch_topk import BatchTopKObjective
 from saert.train.objectives.gated import GatedObjective
 from saert.train.objectives.jumprelu import JumpReLUObjective
 from saert.train.objectives.llama_scope import LlamaScopeObjective
 from saert.train.objectives.relu_l1 import ReLUL1Objective
 from saert.train.objectives.topk import TopKObjective
+from saert.train.record import alone_in, as_before, write
 from saert.train.report import Report
 from saert.train.run import Interrupted, Job, Plan, Run, TrainingError
 from saert.train.stream import Served
@@ -514,6 +517,8 @@ def test_starting_from_an_sae_that_does_not_fit_is_refused():
 @pytest.mark.parametrize("transcodes", [False, True])
 def test_a_shard_draws_its_own_part_of_the_same_rows(transcodes, monkeypatch):
     monkeypatch.setattr("saert.train.initialise.BLOCK", 20)  # shards begin inside a block
+    # which needs the other shards; tests/test_train_distributed.py has them
+    monkeypatch.setattr("saert.train.initialise._least_squares", lambda *_: 1.0)
     x, y = samples()
     y = y if transcodes else x
     objective = ReLUL1Objective()
@@ -692,7 +697,7 @@ def test_a_finished_folder_holds_what_it_should(finished):
     folder, found = finished
     assert found.keys() == {"resid_post.1", "mlp_in.2"}
     assert {p.name for p in folder.iterdir()} == {
-        "run.json", "metrics.jsonl", "checkpoints", "saes"
+        ".lock", "run.json", "metrics.jsonl", "checkpoints", "saes"
     }  # fmt: skip
     assert names(folder / "checkpoints") == ["step-000000024", "step-000000025"]
     for name, metrics in found.items():
@@ -961,3 +966,108 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_never_was(text,
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found["codes"]) <= {0, -9} and -9 in found["codes"], found
     same_results(tmp_path / "killed", tmp_path / "whole")
+
+
+# -- what a review found --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("transcodes", [False, True])
+@pytest.mark.parametrize("expansion", [4, 16])
+def test_no_dictionary_starts_worse_than_nothing(name, transcodes, expansion):
+    """Dense objectives used to start with reconstructions n / 2d times too long."""
+    x = planted(4096)
+    y = x @ torch.randn(16, 16) if transcodes else x
+    objective = BY_NAME[name]()
+    units = Units.of(objective.normalise, x, y, transcodes)
+    x, y = units.enter(x, y if transcodes else None)
+    d = new_dictionary(x, y, 16 * expansion, objective, Mesh(), transcodes=transcodes)
+    batch = Batch.of(
+        x[:512], y[:512], Mesh(), gradient=torch.randn(512, 16), downstream=lambda e: e.sum() * 0
+    )
+    objective.prepare(d, Batch.of(x, y, Mesh()))
+    loss = objective.loss(d, batch, Step(0, 100, torch.zeros(d.local, dtype=torch.bool)))
+    assert loss.fvu < 1.5, loss.fvu
+
+
+@pytest.mark.parametrize("name", ["gated", "jumprelu", "topk"])
+def test_going_on_from_an_sae_keeps_its_thresholds_and_biases(name):
+    options = {"topk": {"k": 4}}.get(name, {"target_l0": 4.0})
+    objective = BY_NAME[name](**options)
+    training, _ = trained(objective, steps=150)
+    x = planted(512, seed=5)
+    units = Units.of("unit", x, x, False)
+    sae = to_sae(training, units, Hookpoint.parse("resid_post.0"), None)
+    inside, _ = units.enter(x)
+    d = new_dictionary(inside, inside, 48, objective, Mesh())
+    start_from(d, sae, units)
+    objective.prepare(d, Batch.of(inside, inside, Mesh()))
+    objective.adopt(d, units.unfold_activation(sae.activation))
+    again = Training(d, objective, OptimiserConfig(), 10)
+    same = to_sae(again, units, Hookpoint.parse("resid_post.0"), None)
+    torch.testing.assert_close(
+        same.encode(x).to_dense(), sae.encode(x).to_dense(), atol=1e-4, rtol=1e-3
+    )
+    with pytest.raises(ValueError, match="a gated SAE can start gated training only"):
+        zeros = torch.zeros(48)
+        BY_NAME["topk"]().adopt(d, Gated(zeros, zeros, zeros))
+
+
+def test_llama_scope_can_be_evaluated_before_the_end(tmp_path):
+    run = a_run(None, jobs=[replace(JOBS[0], objective=LlamaScopeObjective(k=4))])
+    run.train(until=3)
+    (sae,) = run.saes().values()
+    assert isinstance(sae.activation, JumpReLU)
+
+
+def test_tf32_is_for_the_step_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Training, "step", lambda *_: seen.append(torch.backends.cuda.matmul.allow_tf32) or {}
+    )
+    run = a_run(None, replace(PLAN, tf32=True))
+    run._advance()
+    assert set(seen) == {True} and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
+    other = "another process is training in"
+    with alone_in(tmp_path), pytest.raises(ConfigError, match=other), alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass
+
+
+def test_a_run_goes_on_with_the_revisions_it_began_with(tmp_path):
+    config = from_table(
+        {
+            "model": {"name": "org/model"},
+            "data": {"source": ["org/data"]},
+            "sae": {"hookpoints": ["resid_post.1"]},
+        }
+    )
+    assert as_before(tmp_path, config) == config
+    facts = {"dataset": "org/data", "revision": "abc"}
+    write(tmp_path, {"config": {}, "data": facts, "model": {"name": "org/model", "commit": "def"}})
+    pinned = as_before(tmp_path, config)
+    assert pinned.data.revision == "abc" and pinned.model.revision == "def"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"device": "cuda"}, "no CUDA"),
+        ({"context": 2048}, r"data\.context is 2048, but the model was made for at most 256"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_loaded(options, message, tmp_path):
+    (tmp_path / "a.txt").write_text("one two three\n" * 5000)
+    table = {
+        "model": {"name": "bundled"},
+        "data": {"source": [str(tmp_path / "a.txt")], "context": options.pop("context", 32)},
+        "sae": {"hookpoints": ["resid_post.1"], "num_latents": 32},
+    }
+    if torch.cuda.is_available() and "device" in options:
+        pytest.skip("there is CUDA here")
+    with pytest.raises(ConfigError, match=message):
+        session.train(from_table(table), tmp_path / "run", **options)

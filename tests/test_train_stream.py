@@ -19,7 +19,7 @@ from saert.train.cache import Cache, CacheError
 from saert.train.downstream import gradients
 from saert.train.mesh import Mesh
 from saert.train.row_stream import RowStream
-from saert.train.stream import ActivationStream, StreamConfig
+from saert.train.stream import ActivationStream, StreamConfig, rows_per_buffer
 
 CONTEXT, LANES = 16, 4
 CONFIG = StreamConfig(batch_tokens=32, buffer_tokens=256, forward_rows=3, lanes=LANES)
@@ -87,8 +87,8 @@ def keys(x):
     return [row.numpy().tobytes() for row in x.cpu()]
 
 
-def buffer_rows(number, count=16):
-    rows = Rows()
+def buffer_rows(number, config=CONFIG):
+    count, rows = rows_per_buffer(config, CONTEXT), Rows()
     rows.at = number * count
     return rows.take(count)
 
@@ -125,9 +125,10 @@ def test_a_usable_token_is_served_at_most_once_and_almost_all_are(model):
 
 
 def test_special_tokens_are_served_if_asked_for(model):
-    rows = buffer_rows(0)
+    config = replace(CONFIG, exclude_special=False)
+    rows = buffer_rows(0, config)
     whole = capture(model, rows, SITES, CONFIG.forward_rows)[SITES[1]]
-    stream = a_stream(model, replace(CONFIG, exclude_special=False))
+    stream = a_stream(model, config)
     served = Counter()
     while stream.number == 0:
         served.update(keys(stream.next().x[SITES[1]]))
@@ -206,7 +207,7 @@ def test_max_norm_leaves_out_planted_outliers_and_nothing_else(model):
         def take(self, n):
             return torch.where(torch.arange(CONTEXT) < 9, EOS, super().take(n))
 
-    rows = HalfSpecial().take(16)
+    rows = HalfSpecial().take(rows_per_buffer(CONFIG, CONTEXT))
     usable = ~special(rows).flatten()
     site = SITES[1]
     norms = capture(model, rows, SITES, CONFIG.forward_rows)[site].norm(dim=-1)
@@ -250,7 +251,7 @@ def test_settings_that_make_no_batch_are_refused(settings, message):
 def test_a_buffer_with_too_few_usable_tokens_is_an_error_that_says_so(model):
     class OnlySpecial(Rows):
         def take(self, n):
-            return torch.where(torch.arange(CONTEXT) < 14, EOS, super().take(n))
+            return torch.where(torch.arange(CONTEXT) < 15, EOS, super().take(n))
 
     stream = a_stream(model, rows=OnlySpecial())
     with pytest.raises(ValueError, match="buffer 0 has . usable tokens in a lane, but a .* 8"):
@@ -471,7 +472,7 @@ def test_a_batch_of_no_whole_row_is_refused(model):
 # -- the cache ----------------------------------------------------------------------------------
 
 FACTS = {"model": {"name": "tiny"}, "context": CONTEXT, "hookpoints": [str(s) for s in SITES]}
-BUFFER = 256 * (len(SITES) * HIDDEN * 4 + 1)  # bytes of one
+BUFFER = rows_per_buffer(CONFIG, CONTEXT) * CONTEXT * (len(SITES) * HIDDEN * 4 + 1)  # bytes of one
 
 
 def a_cache(folder, gigabytes=1.0, facts=FACTS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -17,15 +17,35 @@ from saert.hooks import hooked
 def capture(
     model: Any, rows: Tensor, hookpoints: Sequence[Hookpoint], batch: int = 16
 ) -> dict[Hookpoint, Tensor]:
-    """rows int64 [rows, context] -> per hookpoint [rows · context, d], in token order."""
-    found: dict[Hookpoint, list[Tensor]] = {h: [] for h in hookpoints}
+    """rows int64 [rows, context] -> per hookpoint [rows · context, d], in token order.
+
+    The model runs no further than the last of the hookpoints.
+    """
+    found: dict[Hookpoint, Tensor] = {}
+    first, waiting = 0, set[Hookpoint]()
 
     def keep(hookpoint: Hookpoint) -> Callable[[Tensor], None]:
-        return lambda hidden: found[hookpoint].append(hidden.flatten(0, -2))
+        def copy(hidden: Tensor) -> None:  # a copy: some models go on adding to the tensor in place
+            flat = hidden.flatten(0, -2)
+            if hookpoint not in found:
+                found[hookpoint] = flat.new_empty(rows.numel(), flat.shape[-1])
+            found[hookpoint][first : first + len(flat)] = flat
+            waiting.discard(hookpoint)
+            if not waiting:
+                raise _Enough
+
+        return copy
 
     with ExitStack() as hooks:
-        for hookpoint in found:
+        for hookpoint in dict.fromkeys(hookpoints):
             hooks.enter_context(hooked(model, hookpoint, keep(hookpoint)))
         for part in rows.split(batch):
-            model.base_model(part, use_cache=False)
-    return {hookpoint: torch.cat(parts) for hookpoint, parts in found.items()}
+            waiting.update(hookpoints)
+            with suppress(_Enough):
+                model.base_model(part, use_cache=False)
+            first += part.numel()
+    return found
+
+
+class _Enough(Exception):
+    """Every hookpoint has been seen in this pass."""

@@ -64,8 +64,7 @@ def card(sae: SAE, name: str, record: Mapping[str, Any], metrics: Mapping[str, A
     """The README.md of one SAE. `record` is the run's `run.json`; metrics None: not evaluated."""
     config = record["config"]
     data, model = config["data"], config["model"]["name"]
-    hub = bool(record["data"].get("hub"))
-    dataset = f"datasets: [{data['source'][0]}]\n" if hub else ""
+    dataset = f"datasets: [{data['source'][0]}]\n" if "dataset" in record["data"] else ""
     arrow = "" if sae.target_hookpoint is None else f" -> {sae.target_hookpoint}"
     special = "left out" if config["stream"]["exclude_special"] else "included"
     measured = (

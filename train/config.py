@@ -84,6 +84,9 @@ class CheckpointConfig:
     every: int = 500
     keep: int = 2
 
+    def __post_init__(self) -> None:
+        _at_least(1, "checkpoint", every=self.every, keep=self.keep)
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -91,6 +94,10 @@ class EvaluationConfig:
 
     every: int = 0
     rows: int = 128
+
+    def __post_init__(self) -> None:
+        _at_least(0, "evaluation", every=self.every)
+        _at_least(1, "evaluation", rows=self.rows)
 
 
 @dataclass(frozen=True)
@@ -109,15 +116,26 @@ class TrainConfig:
     seed: int = 0
     shards: int = 1  # processes that share the latents; the others share the tokens
 
+    def __post_init__(self) -> None:
+        _at_least(self.stream.batch_tokens, "a run of at least one batch", tokens=self.tokens)
+        _at_least(0, "a run", seed=self.seed)
+        _at_least(1, "a run", shards=self.shards)
+
     @property
     def steps(self) -> int:
-        return max(1, self.tokens // self.stream.batch_tokens)
+        return self.tokens // self.stream.batch_tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_table` reads back."""
         found = asdict(self)
         found["objective"] = {"name": self.objective.name, **found["objective"]}
         return found
+
+
+def _at_least(least: int, where: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"{where}: {name} is {value}, expected at least {least}")
 
 
 def from_table(table: Mapping[str, Any]) -> TrainConfig:

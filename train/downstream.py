@@ -38,7 +38,7 @@ def gradients(
         with ExitStack() as hooks:
             hooks.enter_context(_differentiable(model))
             for hookpoint in found:
-                act = partial(hidden.__setitem__, hookpoint)
+                act = partial(_keep, hidden, hookpoint)
                 hooks.enter_context(hooked(model, hookpoint, act))
             log_p = _log_probabilities(model, part)
         loss = F.nll_loss(log_p.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
@@ -48,6 +48,12 @@ def gradients(
             found[hookpoint][0].append(h.detach().flatten(0, -2))
             found[hookpoint][1].append(g.flatten(0, -2))
     return {hookpoint: (torch.cat(x), torch.cat(g)) for hookpoint, (x, g) in found.items()}
+
+
+def _keep(hidden: dict[Hookpoint, Tensor], hookpoint: Hookpoint, state: Tensor) -> Tensor:
+    """Keeps the hidden state and passes a copy on: some models go on adding to it in place."""
+    hidden[hookpoint] = state
+    return state.clone()
 
 
 class Downstream:

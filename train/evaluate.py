@@ -4,12 +4,14 @@
     KL = mean KL(model ‖ spliced)      KL recovered = 1 − KL_spliced / KL_zero
 
 Sums are streamed in float64 with Σ‖y − ȳ‖² = Σ‖y‖² − ‖Σy‖²/N (ALGORITHMS.md 1.7). Positions that
-are left out (special tokens) count nowhere: they are not measured, and a splice leaves them alone.
+are left out (special tokens) are not measured, and a splice leaves them alone; cross-entropy and KL
+are means over every predicted token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saert.hookpoint import Hookpoint
 from saert.hooks import hooked
+from saert.kernels.numerics import accumulation_dtype
 from saert.sae import SAE
-from saert.train.activations import capture
 from saert.train.objectives.base import ALIVE
 
 DENSITY_EDGES = tuple(-6 + 0.5 * i for i in range(13))
@@ -91,7 +94,7 @@ def evaluate(
     for part in rows.split(batch):
         used = torch.ones_like(part, dtype=torch.bool) if special is None else ~special(part)
         part, used = part.to(device), used.flatten().to(device)
-        hidden = capture(model, part, list(dict.fromkeys((read, write))), batch)
+        plain, hidden = _seen(model, part, (read, write))
         x, y = hidden[read][used].to(sae.device), hidden[write]
         code = sae.encode(x)
         reconstruction = sae.decode(code, x)
@@ -100,16 +103,12 @@ def evaluate(
         count += torch.bincount(code.indices[code.values > 0].cpu(), minlength=sae.num_latents)
         splice = y.masked_scatter(used[:, None], reconstruction.to(device, y.dtype))
         zeros = y.masked_fill(used[:, None], 0)
-        shape = (*part.shape, -1)
-        _add(
-            sums,
-            _downstream(
-                model,
-                part,
-                write,
-                {"": None, "_spliced": splice.view(shape), "_zero": zeros.view(shape)},
-            ),
-        )
+        _add(sums, "ce", cross_entropy(plain, part))
+        for name, new in (("_spliced", splice), ("_zero", zeros)):
+            log_q = _replaced(model, part, write, new.view(*part.shape, -1))
+            _add(sums, f"ce{name}", cross_entropy(log_q, part))
+            kl = F.kl_div(log_q, plain, log_target=True, reduction="none")
+            _add(sums, f"kl{name}", kl.sum(dtype=torch.float64).item())
     predicted = rows.shape[0] * (rows.shape[1] - 1)
     mean = {name: value / predicted for name, value in sums.items()}
     lost, damage = mean["ce_spliced"] - mean["ce"], mean["ce_zero"] - mean["ce"]
@@ -132,37 +131,36 @@ def evaluate(
     )
 
 
-def _downstream(
-    model: Any, rows: Tensor, site: Any, instead: dict[str, Tensor | None]
-) -> dict[str, float]:
-    """Summed cross-entropy of rows `[rows, context]`, and KL from the model as it is, with the
-    hidden state at `site` replaced."""
-    found: dict[str, float] = {}
-    plain: Tensor | None = None
-    for name, hidden in instead.items():
-        logits = _logits(model, rows) if hidden is None else _replaced(model, rows, site, hidden)
-        log_p = logits[:, :-1].float().log_softmax(-1)
-        found[f"ce{name}"] = F.nll_loss(
-            log_p.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
-        ).item()
-        if plain is None:
-            plain = log_p
-        else:
-            kl = F.kl_div(log_p, plain, log_target=True, reduction="none")
-            found[f"kl{name}"] = kl.sum(dtype=torch.float64).item()
-    return found
+def _seen(
+    model: Any, rows: Tensor, sites: Iterable[Hookpoint]
+) -> tuple[Tensor, dict[Hookpoint, Tensor]]:
+    """Log-probabilities of each next token, and the hidden states [tokens, d], in one pass."""
+    hidden: dict[Hookpoint, Tensor] = {}
+
+    def keep(site: Hookpoint) -> Callable[[Tensor], None]:
+        return lambda state: hidden.__setitem__(site, state.flatten(0, -2).clone())
+
+    with ExitStack() as hooks:
+        for site in dict.fromkeys(sites):
+            hooks.enter_context(hooked(model, site, keep(site)))
+        return _log_probabilities(model, rows), hidden
 
 
-def _logits(model: Any, rows: Tensor) -> Tensor:
-    logits: Tensor = model(rows, use_cache=False).logits
-    return logits
-
-
-def _replaced(model: Any, rows: Tensor, site: Any, hidden: Tensor) -> Tensor:
+def _replaced(model: Any, rows: Tensor, site: Hookpoint, hidden: Tensor) -> Tensor:
     with hooked(model, site, lambda _: hidden):
-        return _logits(model, rows)
+        return _log_probabilities(model, rows)
 
 
-def _add(sums: dict[str, float], more: dict[str, float]) -> None:
-    for name, value in more.items():
-        sums[name] = sums.get(name, 0.0) + value
+def _log_probabilities(model: Any, rows: Tensor) -> Tensor:
+    """[rows, context − 1, vocabulary], in float32 or wider."""
+    logits: Tensor = model(rows, use_cache=False).logits[:, :-1]
+    return logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
+
+
+def cross_entropy(log_p: Tensor, rows: Tensor) -> float:
+    """Summed next-token cross-entropy of rows `[rows, context]`, in nats."""
+    return F.nll_loss(log_p.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
+
+
+def _add(sums: dict[str, float], name: str, value: float) -> None:
+    sums[name] = sums.get(name, 0.0) + value

@@ -16,6 +16,7 @@ from saert.train.objectives.base import Objective
 from saert.train.training import unit
 from saert.train.units import Units
 
+DENSE = 4096  # tokens of the sample that dense activations are computed for
 BLOCK = 1024  # rows drawn with one seed, so that a shard can draw its own rows alone
 
 
@@ -75,7 +76,9 @@ def new_dictionary(
         # Equal spread of the scores gives each latent its turn among the k largest, and W_dec
         # starts where the target goes when x goes along W_enc: a latent that never wins, or writes
         # at random and is switched off by the first gradients, does not come back.
-        W_enc /= ((x - centre) @ W_enc.T).std(0)[:, None]
+        centred = x - x.mean(0)
+        spread = ((W_enc @ (centred.T @ centred)) * W_enc).sum(-1) / (len(x) - 1)
+        W_enc /= spread.sqrt()[:, None]
         W_dec = unit(W_enc @ ((x - centre).T @ (y - b_dec)))
     else:
         W_dec = W_enc.clone()
@@ -88,12 +91,27 @@ def new_dictionary(
         W_enc, W_dec, b_enc, b_dec, W_skip,
         num_latents=num_latents, mesh=mesh, subtract_b_dec=subtract, compute=compute,
     )  # fmt: skip
-    if k is not None:
-        written = d.decode(d.topk(x, k), bias=False).norm(dim=-1).mean()
-        scale = (y - b_dec).norm(dim=-1).mean() / written.clamp_min(1e-12)
-        d.W_enc.mul_(scale)
-        d.b_enc.mul_(scale)
+    scale = _length(d, x, y - b_dec, k) if k is not None else _least_squares(d, x, y - b_dec)
+    d.W_enc.mul_(scale)
+    d.b_enc.mul_(scale)
     return d
+
+
+def _length(d: Dictionary, x: Tensor, wanted: Tensor, k: int) -> Tensor:
+    """What makes the k largest latents' reconstruction as long as what it should write."""
+    written = d.decode(d.topk(x, k), bias=False).norm(dim=-1).mean()
+    scale: Tensor = wanted.norm(dim=-1).mean() / written.clamp_min(1e-12)
+    return scale
+
+
+def _least_squares(d: Dictionary, x: Tensor, wanted: Tensor) -> Tensor:
+    """What makes the reconstruction by every positive latent, half of them at first, fit best.
+    Of some of the sample: this is dense."""
+    along, square = x.new_zeros(()), x.new_full((), 1e-12)
+    for part, target in zip(x[:DENSE].split(256), wanted[:DENSE].split(256), strict=True):
+        written = d.decode_dense(d.scores(part).relu(), bias=False)
+        along, square = along + (written * target).sum(), square + written.square().sum()
+    return (along / square).clamp_min(1e-3)
 
 
 @torch.no_grad()

@@ -6,11 +6,14 @@ it held.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,13 @@ from saert.train.config import ConfigError, TrainConfig
 FILE = "run.json"
 PACKAGES = ("saert", "torch", "transformers", "datasets", "tokenizers", "safetensors")
 # may change when a run goes on: none of them moves a number that training computes
-FREE = ("config.checkpoint", "config.evaluation", "config.shards", "data.datasets")
+FREE = (
+    "config.checkpoint",
+    "config.evaluation",
+    "config.shards",
+    "config.stream.forward_rows",
+    "data.datasets",
+)
 
 
 def record(
@@ -65,7 +74,6 @@ def model_facts(config: TrainConfig, model_config: Any) -> dict[str, Any]:
     folder = bundled.MODEL if name == bundled.NAME else Path(name).expanduser()
     found = {
         "name": public_name(name),
-        "revision": config.model.revision,
         "commit": getattr(model_config, "_commit_hash", None),
     }
     if folder.is_dir():
@@ -73,6 +81,33 @@ def model_facts(config: TrainConfig, model_config: Any) -> dict[str, Any]:
         sums = "".join(f"{p.name} {sha256(p)}\n" for p in files)
         found["sha256"] = hashlib.sha256(sums.encode()).hexdigest()
     return found
+
+
+def as_before(folder: Path, config: TrainConfig) -> TrainConfig:
+    """The configuration with the revisions that a run in this folder began with, where it names
+    none: a run goes on with its own data and model though the Hub has newer ones."""
+    path = folder / FILE
+    if not path.exists():
+        return config
+    before = json.loads(path.read_text(encoding="utf-8"))
+    data, model = config.data, config.model
+    if data.revision is None and data.source[0] == before["data"].get("dataset"):
+        data = replace(data, revision=before["data"].get("revision"))
+    if model.revision is None and public_name(model.name) == before["model"].get("name"):
+        model = replace(model, revision=before["model"].get("commit"))
+    return replace(config, data=data, model=model)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. Raises ConfigError if another process has it; a process that was
+    killed does not."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is training in {folder}") from None
+        yield
 
 
 def check_folder(folder: Path, wanted: Mapping[str, Any]) -> None:

@@ -30,7 +30,8 @@ from saert.train.training import OptimiserConfig, Training
 from saert.train.units import Units
 
 SAMPLE = 32_768  # tokens that initialise and calibrate (Gao et al. 2024)
-DIVERGED = 200  # steps in a row that may be worse than 1.5 times the mean of the data
+DIVERGED = 200  # steps in a row above an FVU of 1.5, getting no better
+NOTHING = Objective.calibrate
 
 
 class TrainingError(RuntimeError):
@@ -64,6 +65,7 @@ class Plan:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     dtype: torch.dtype = torch.float32
     compute: torch.dtype | None = None
+    tf32: bool = False
     device: str | None = None  # of the dictionaries; None: where the activations are
     save_every: int = 500
     keep: int = 2
@@ -119,7 +121,7 @@ class Run:
         Raises CheckpointError if the newest checkpoint belongs to other jobs.
         """
         self.plan, self.stream, self.folder, self.mesh = plan, stream, folder, mesh
-        self.step, self.losing = 0, 0
+        self.step, self.losing, self.best = 0, 0, math.inf
         found = checkpoint.checkpoints(folder) if folder is not None else []
         state = checkpoint.read_state(found[-1]) if found else None
         self.won = state is not None  # whether it was ever not losing
@@ -156,6 +158,8 @@ class Run:
         own = slice(self.mesh.replica, None, self.mesh.replicas)
         even = len(x) // self.mesh.replicas * self.mesh.replicas
         job.objective.prepare(dictionary, Batch.of(x[:even][own], y[:even][own], self.mesh))
+        if job.start is not None:
+            job.objective.adopt(dictionary, found.unfold_activation(job.start.activation))
         training = Training(
             dictionary, job.objective, self.plan.optimiser, self.plan.steps, job.seed
         )
@@ -194,7 +198,8 @@ class Run:
         for member in self.members:
             batch = member.batch(served, self.mesh, self.plan.dtype)
             try:
-                found = member.training.step(batch, self.step)
+                with _tf32(self.plan.tf32):
+                    found = member.training.step(batch, self.step)
             except FloatingPointError as error:
                 raise TrainingError(self._lost(member, str(error))) from error
             logs[member.job.name] = {name: value.item() for name, value in found.items()}
@@ -206,13 +211,14 @@ class Run:
                 if not math.isfinite(value):
                     raise TrainingError(self._lost(member, f"{name} is {value}"))
         worst = max(log["fvu"] for log in logs.values())
-        self.losing = self.losing + 1 if worst > 1.5 else 0
-        self.won = self.won or not self.losing
+        self.losing = self.losing + 1 if worst > 1.5 and worst >= self.best else 0
+        self.best = min(self.best, worst)
+        self.won = self.won or worst <= 1.5
         if self.losing >= DIVERGED:
             raise TrainingError(
                 f"step {self.step}: the fraction of variance unexplained was above 1.5 for "
-                f"{DIVERGED} steps (now {worst:.3g}): training diverges; {self._left()}. Lower the "
-                "learning rate, raise warmup or set clip"
+                f"{DIVERGED} steps without getting better (now {worst:.3g}): training diverges; "
+                f"{self._left()}. Lower the learning rate, raise warmup or set clip"
             )
 
     def _lost(self, member: Member, what: str) -> str:
@@ -230,15 +236,26 @@ class Run:
     def calibrate(self) -> None:
         """After the last step: the weights that are published, and what their activations need and
         training did not give."""
+        for member in self.members:
+            member.training.finish()
+        self._calibrate()
+
+    def _calibrate(self) -> None:
+        asking = [m for m in self.members if type(m.job.objective).calibrate is not NOTHING]
+        if not asking:
+            return
         sample = self.stream.sample(SAMPLE)
         even = min(map(len, sample.values())) // self.mesh.replicas
         part = slice(self.mesh.replica * even, (self.mesh.replica + 1) * even)
         served = Served({site: x[part] for site, x in sample.items()})
-        for member in self.members:
-            member.training.finish()
-            if member.job.objective.wants is None:
-                batch = member.batch(served, self.mesh, self.plan.dtype)
-                member.job.objective.calibrate(member.training.dictionary, batch)
+        for member in asking:
+            batch = member.batch(served, self.mesh, self.plan.dtype)
+            member.job.objective.calibrate(member.training.dictionary, batch)
+
+    def saes(self) -> dict[str, SAE]:
+        """Every SAE as it would be published now, by its job's name. Every rank has to call it."""
+        self._calibrate()
+        return {member.job.name: member.sae() for member in self.members}
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -259,6 +276,17 @@ class Run:
             for member in self.members
             for name, t in member.training.state_dict().items()
         }
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Let dense products of a training step use TF32, and nothing else: not the language model."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed or before
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @contextmanager

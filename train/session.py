@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,14 @@ from saert.train.cards import card
 from saert.train.config import ConfigError, TrainConfig
 from saert.train.evaluate import Metrics, evaluate
 from saert.train.mesh import Mesh
-from saert.train.record import check_folder, model_facts, public_name, record
+from saert.train.record import (
+    alone_in,
+    as_before,
+    check_folder,
+    model_facts,
+    public_name,
+    record,
+)
 from saert.train.record import write as write_record
 from saert.train.report import Report
 from saert.train.row_stream import RowStream
@@ -70,9 +78,10 @@ class Session:
             raise ConfigError(f"model.dtype is {c.dtype!r}, expected one of {', '.join(DTYPES)}")
         if c.name == "bundled":
             model = bundled.model()
-        else:
+        else:  # by commit: a branch may have moved since its configuration was read
+            commit = getattr(self.facts, "_commit_hash", None) or c.revision
             model = AutoModelForCausalLM.from_pretrained(
-                c.name, revision=c.revision, dtype=DTYPES[c.dtype]
+                c.name, revision=commit, dtype=DTYPES[c.dtype]
             )
         return model.eval().requires_grad_(False).to(self.device)
 
@@ -103,7 +112,17 @@ class Session:
         """Rows that training never sees, or None if no text is held out."""
         if not self.config.data.holdout:
             return None
-        return heldout_rows(self.config.data, self.tokenizer, self.config.evaluation.rows)
+        count, vocabulary = self.config.evaluation.rows, len(self.tokenizer)
+        return heldout_rows(self.config.data, self.tokenizer, count, vocabulary)
+
+    def check_context(self) -> None:
+        """Raise ConfigError if the rows are longer than what the model was made for."""
+        longest = getattr(self.facts.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and self.config.data.context > longest:
+            raise ConfigError(
+                f"data.context is {self.config.data.context}, but the model was made for at most "
+                f"{longest} positions"
+            )
 
     def jobs(self) -> list[Job]:
         """One for each hookpoint."""
@@ -202,8 +221,11 @@ class Session:
 
     def plan(self) -> Plan:
         c = self.config
-        if c.sae.precision == "tf32":
-            torch.backends.cuda.matmul.allow_tf32 = True
+        if c.sae.precision == "bf16" and self.device == "cpu" and not _has_bf16():
+            raise ConfigError(
+                "sae.precision is bf16, but this processor has no instructions for it and would "
+                "be slower than with fp32; use fp32"
+            )
         dead_tokens = c.optimiser.dead_tokens
         if dead_tokens is None:
             dead_tokens = min(DEAD_TOKENS, c.tokens // 20)
@@ -212,6 +234,7 @@ class Session:
             optimiser=replace(c.optimiser, dead_tokens=dead_tokens),
             dtype=torch.float64 if c.sae.precision == "fp64" else torch.float32,
             compute=torch.bfloat16 if c.sae.precision == "bf16" else None,
+            tf32=c.sae.precision == "tf32",
             device=self.device,
             save_every=c.checkpoint.every,
             keep=c.checkpoint.keep,
@@ -239,8 +262,13 @@ def train(
         TrainingError, CheckpointError: see `saert.train.run`; the last checkpoint is good.
         Interrupted: after SIGINT or SIGTERM, everything saved.
     """
+    check_device(device)
+    if tensorboard and find_spec("tensorboard") is None:
+        raise ImportError("tensorboard is not installed: pip install 'saert[train]'")
     mesh = Mesh.of(config.shards, device)
-    session = Session(config, device=device, mesh=mesh, cache=cache, cache_gb=cache_gb)
+    pinned = as_before(folder, config)
+    session = Session(pinned, device=device, mesh=mesh, cache=cache, cache_gb=cache_gb)
+    session.check_context()
     found = record(config, session.documents.facts(), session.facts)
     check_folder(folder, found)
     jobs = session.jobs()
@@ -254,6 +282,8 @@ def train(
     if run.step:
         say(f"going on from step {run.step:,} of {config.steps:,}")
     with ExitStack() as stack:
+        if mesh.is_first:
+            stack.enter_context(alone_in(folder))
         report = None
         if mesh.is_first:
             report = stack.enter_context(
@@ -278,10 +308,9 @@ def _train(run: Run, session: Session, report: Report | None) -> None:
     every = session.config.evaluation.every or run.plan.steps
     while run.step < run.plan.steps:
         if run.step and run.step % every == 0:  # before going on: a resumed run may have missed it
-            for member in run.members:
-                sae = member.sae()
+            for name, sae in run.saes().items():
                 if report is not None and session.heldout is not None:
-                    report.evaluation(run.step, member.job.name, _measure(session, sae))
+                    report.evaluation(run.step, name, _measure(session, sae))
         run.train(
             None if report is None else report.step, until=run.step - run.step % every + every
         )
@@ -307,6 +336,16 @@ def _publishable(
         found[name] = metrics
     session.mesh.wait()
     return found
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError for a device that is not there."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {device}: this machine or this build of torch has no CUDA")
+
+
+def _has_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _measure(session: Session, sae: SAE) -> Metrics:

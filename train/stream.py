@@ -9,6 +9,7 @@ the seed alone: a resumed run sees what the stopped one would have seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +76,12 @@ class Buffer:
     batches: int
 
 
+def rows_per_buffer(config: StreamConfig, context: int) -> int:
+    """Enough that the special tokens left out do not cost a buffer its last batch."""
+    served = 0.98 * (context - 1) if config.exclude_special else context
+    return math.ceil(config.buffer_tokens / (served * config.lanes)) * config.lanes
+
+
 class ActivationStream:
     """Batches of activations at several hookpoints.
 
@@ -108,7 +115,7 @@ class ActivationStream:
                 "stream.lanes to a multiple of the replicas"
             )
         lanes = config.lanes
-        self.buffer_rows = -(-config.buffer_tokens // (context * lanes)) * lanes
+        self.buffer_rows = rows_per_buffer(config, context)
         own = lanes // self.mesh.replicas
         self.own = range(self.mesh.replica * own, (self.mesh.replica + 1) * own)
         self.number, self.batch = 0, 0

@@ -44,7 +44,7 @@ class OptimiserConfig:
                 f"optimiser: ema {self.ema} must be in [0, 1), warmup {self.warmup} and decay "
                 f"{self.decay} in [0, 1]"
             )
-        if self.clip is not None and self.clip <= 0 or self.lr is not None and self.lr <= 0:
+        if any(v is not None and not 0 < v < math.inf for v in (self.lr, self.clip)):
             raise ValueError(f"optimiser: lr {self.lr} and clip {self.clip} must be positive")
 
 

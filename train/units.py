@@ -99,6 +99,11 @@ class Units:
             return Gated(activation.b_gate / c, activation.b_mag / c, activation.r_mag)
         return activation
 
+    def unfold_activation(self, activation: Activation) -> Activation:
+        """The inverse of `fold_activation`."""
+        back = Units(self.kind, 1 / self.factor_x, 1 / self.factor_y, self.transcodes)
+        return back.fold_activation(activation)
+
 
 def _factor(kind: str, x: Tensor) -> float:
     x = x.double()

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from saert.activations import Activation
+from saert.activations import Activation, Gated
 from saert.train.dictionary import Code, Dictionary, narrow
 from saert.train.mesh import Mesh
 
@@ -121,6 +121,14 @@ class Objective(ABC):
 
         Every rank has to make them the same, or its own latents' part of the same.
         """
+
+    def adopt(self, d: Dictionary, activation: Activation) -> None:
+        """After `prepare`: start from a saved SAE's activation, in the units of training.
+
+        Raises ValueError where starting from its weights alone would make another SAE of it.
+        """
+        if isinstance(activation, Gated):
+            raise ValueError(f"init: a gated SAE can start gated training only, not {self.name}")
 
     @abstractmethod
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:

@@ -61,8 +61,18 @@ class GatedObjective(Objective):
 
     def prepare(self, d: Dictionary, batch: Batch) -> None:
         d.extra["r_mag"] = nn.Parameter(torch.zeros_like(d.b_enc))
-        d.extra["b_mag"] = nn.Parameter(torch.zeros_like(d.b_enc))
+        d.extra["b_mag"] = nn.Parameter(d.b_enc.detach().clone())  # both see x − centre
         d.state["coefficient"] = d.b_enc.new_tensor(self.l1)
+
+    @torch.no_grad()
+    def adopt(self, d: Dictionary, activation: Activation) -> None:
+        if isinstance(activation, Gated):
+            for own, saved in (
+                (d.b_enc, activation.b_gate),
+                (d.extra["b_mag"], activation.b_mag),
+                (d.extra["r_mag"], activation.r_mag),
+            ):
+                own.copy_(saved[d.latents])
 
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
         pi = d.scores(batch.x)

@@ -135,6 +135,13 @@ class JumpReLUObjective(Objective):
         start = torch.full_like(d.b_enc, math.log(self.threshold))
         d.extra["log_threshold"] = nn.Parameter(start)
 
+    @torch.no_grad()
+    def adopt(self, d: Dictionary, activation: Activation) -> None:
+        super().adopt(d, activation)
+        if isinstance(activation, JumpReLU):
+            threshold = activation.threshold.expand(d.num_latents)[d.latents]
+            d.extra["log_threshold"].copy_(threshold.clamp_min(1e-12).log())
+
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
         a, threshold = d.scores(batch.x), d.extra["log_threshold"].exp()
         f = jump(a, threshold, self.bandwidth)

@@ -9,6 +9,7 @@ third, decodes the 4k largest as well (β = 1/8), which gives codes that can be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,6 +39,15 @@ class TopKObjective(Objective):
     k_aux: int | None = None  # None: the power of two nearest to d_in / 2
     multi: float = 0.0
     multi_factor: int = 4
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.multi_factor < 1 or (self.k_aux is not None and self.k_aux < 1):
+            raise ValueError(
+                f"topk: k {self.k}, k_aux {self.k_aux} and multi_factor {self.multi_factor} must "
+                "be at least 1"
+            )
+        if not (0 <= self.aux < math.inf and 0 <= self.multi < math.inf):
+            raise ValueError(f"topk: aux {self.aux} and multi {self.multi} must be at least 0")
 
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
         wide = d.topk(batch.x, self.k * self.multi_factor if self.multi else self.k)

@@ -205,14 +205,14 @@ def _dictionary_learning(task: Task, seed: int, rate: float) -> Trained:
     return trained
 
 
-def _inverse_root(base: float) -> Callable[[Task], float]:
-    return lambda task: float(base / (task.num_latents / 2**14) ** 0.5)
+def _inverse_root(base: float, num_latents: int) -> float:
+    return float(base / (num_latents / 2**14) ** 0.5)
 
 
 LIBRARIES = (
     Library(
         "sparsify",
-        _inverse_root(5e-3),
+        lambda task: _inverse_root(5e-3, task.num_latents),
         _sparsify("signum"),
         "sparsify.Trainer over a look-up of the activations: schedule-free signum (momentum 0.95), "
         "lr 5e-3·√(2¹⁴/n) constant, FVU, no AuxK (auxk_alpha 0), b_dec at the first batch's mean, "
@@ -220,7 +220,7 @@ LIBRARIES = (
     ),
     Library(
         "sparsify, Adam",
-        _inverse_root(2e-4),
+        lambda task: _inverse_root(2e-4, task.num_latents),
         _sparsify("adam"),
         'The same with optimizer="adam": lr 2e-4·√(2¹⁴/n), linear warm-up, then linear to 0.',
     ),
@@ -234,7 +234,7 @@ LIBRARIES = (
     ),
     Library(
         "dictionary_learning",
-        _inverse_root(2e-4),
+        lambda task: _inverse_root(2e-4, task.num_latents),
         _dictionary_learning,
         "TopKTrainer.update, as trainSAE calls it (normalize_activations False): Adam, lr "
         "2e-4·√(2¹⁴/n), linear warm-up, then constant, summed squared error, AuxK 1/32 after 10M "
@@ -276,14 +276,14 @@ def _sparsify_step(i: Inputs, optimizer: str, half: bool, dead: float) -> Run:
     if optimizer == "adam":
         from transformers import get_linear_schedule_with_warmup
 
-        rate = _inverse_root(2e-4)(n)
+        rate = _inverse_root(2e-4, n)
         optimiser: Any = torch.optim.Adam([{"params": coder.parameters(), "lr": rate}])
         schedulers = [get_linear_schedule_with_warmup(optimiser, WARMUP, 100_000)]
     else:
         from schedulefree import ScheduleFreeWrapper
         from sparsify.sign_sgd import SignSGD
 
-        group = {"params": coder.parameters(), "lr": _inverse_root(5e-3)(n)}
+        group = {"params": coder.parameters(), "lr": _inverse_root(5e-3, n)}
         optimiser = ScheduleFreeWrapper(SignSGD([group]), momentum=0.95)
         optimiser.train()
 

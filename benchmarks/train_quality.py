@@ -44,8 +44,8 @@ from torch import Tensor  # noqa: E402
 from benchmarks._timing import NotRun  # noqa: E402
 from benchmarks._train_peers import LIBRARIES, Library, Task, Trained  # noqa: E402
 from benchmarks.kernels import device_name, versions  # noqa: E402
+from saert.capture import capture  # noqa: E402
 from saert.hookpoint import Hookpoint  # noqa: E402
-from saert.train.activations import capture  # noqa: E402
 from saert.train.config import (  # noqa: E402
     EvaluationConfig,
     ModelConfig,

@@ -6,10 +6,10 @@ from tiny_models import FALCON, HIDDEN, VOCAB, build, tiny
 from torch.nn import functional as F
 
 from saert.activations import TopK
+from saert.capture import capture
 from saert.hookpoint import Hookpoint
 from saert.hooks import hooked
 from saert.sae import SAE
-from saert.train.activations import capture
 from saert.train.downstream import gradients
 from saert.train.evaluate import DENSITY_EDGES, Unexplained, evaluate
 

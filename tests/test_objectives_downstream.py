@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from saert.capture import capture
 from saert.hookpoint import Hookpoint, HookpointError
 from saert.hooks import hooked
 from saert.sae import SAE
-from saert.train.activations import capture
 from saert.train.dictionary import Dictionary
 from saert.train.downstream import Downstream, gradients
 from saert.train.mesh import Mesh

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from tiny_models import HIDDEN, tiny
 from torch.nn import functional as F
 
+from saert.capture import capture
 from saert.hookpoint import Hookpoint
 from saert.train import cache as cache_module
-from saert.train.activations import capture
 from saert.train.cache import Cache, CacheError
 from saert.train.downstream import gradients
 from saert.train.mesh import Mesh

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saert.capture import capture
 from saert.hookpoint import Hookpoint
-from saert.train.activations import capture
 from saert.train.downstream import Downstream
 from saert.train.mesh import Mesh
 from saert.train.rows import RowSource

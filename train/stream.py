@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saert.capture import capture
 from saert.hookpoint import Hookpoint
-from saert.train.activations import capture
 from saert.train.cache import Cache
 from saert.train.downstream import gradients
 from saert.train.mesh import Mesh

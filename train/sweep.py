@@ -23,10 +23,10 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from saert.capture import capture
 from saert.hookpoint import Hookpoint
 from saert.sae import SAE
 from saert.train import scaling, scaling_plots
-from saert.train.activations import capture
 from saert.train.cache import write_atomically
 from saert.train.config import ConfigError, TrainConfig
 from saert.train.evaluate import Unexplained

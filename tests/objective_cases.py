@@ -2,6 +2,7 @@
 
 import torch
 
+from saert.sae import SAE
 from saert.train.dictionary import Dictionary
 from saert.train.mesh import Mesh
 from saert.train.objectives.base import Batch, Objective, Step
@@ -39,6 +40,19 @@ def a_batch(x: torch.Tensor, **more) -> Batch:
 def a_step(d: Dictionary, number: int = 0, steps: int = 100, dead=None) -> Step:
     none = torch.zeros(d.local, dtype=torch.bool)
     return Step(number, steps, none if dead is None else dead)
+
+
+def exported(d: Dictionary, objective: Objective) -> SAE:
+    """In the units of training, decoder norms as they are."""
+    whole = d.whole()
+    return SAE.from_weights(
+        whole["W_enc"],
+        whole["W_dec"],
+        whole["b_enc"],
+        whole["b_dec"],
+        activation=objective.activation(whole),
+        subtract_b_dec=d.subtract_b_dec,
+    )
 
 
 def trained(

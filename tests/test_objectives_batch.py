@@ -4,9 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from objective_cases import D_IN, a_batch, a_dictionary, a_step, planted
+from objective_cases import D_IN, a_batch, a_dictionary, a_step, exported, planted
 
-from saert import SAE
 from saert.activations import BatchTopK, JumpReLU
 from saert.train.dictionary import Dictionary
 from saert.train.mesh import Mesh
@@ -251,17 +250,6 @@ def test_latents_choose_the_earlier_of_equal_tokens():
 # -- export ----------------------------------------------------------------------------------------
 
 
-def exported(objective, d: Dictionary) -> SAE:
-    whole = d.whole()
-    return SAE.from_weights(
-        whole["W_enc"],
-        whole["W_dec"],
-        whole["b_enc"],
-        whole["b_dec"],
-        activation=objective.activation(whole),
-    )
-
-
 @pytest.mark.parametrize("cls", ALL)
 def test_the_export_is_the_code_of_training_but_for_the_entries_at_the_threshold(cls):
     d, batch, step = a_case(6)
@@ -269,7 +257,7 @@ def test_the_export_is_the_code_of_training_but_for_the_entries_at_the_threshold
     objective = cls(3, **options)
     objective.prepare(d, batch)
     loss = objective.loss(d, batch, step)  # the first batch: θ is its own
-    sae = exported(objective, d)
+    sae = exported(d, objective)
     scores = dense_scores(d, batch.x).detach()
     if cls is FeatureChoiceObjective:
         assert type(sae.activation) is JumpReLU
@@ -333,7 +321,7 @@ def test_batch_topk_explains_no_less_than_topk_where_tokens_differ(batch_topk):
 def test_batch_topks_threshold_keeps_the_mean_l0_and_lets_tokens_differ(batch_topk):
     _, objective, d, log = batch_topk
     x = varied(2048, 555)
-    code = exported(objective, d).encode(x)
+    code = exported(d, objective).encode(x)
     l0 = (code.values > 0).sum(-1).float()
     assert l0.mean() == pytest.approx(4, rel=0.1)
     assert l0[:1024].mean() < 0.6 * l0[1024:].mean()
@@ -346,9 +334,9 @@ def test_a_matryoshka_prefix_alone_explains_more_than_as_many_latents_of_batch_t
     objective = MatryoshkaObjective(4, groups=(1 / 4, 1 / 4, 1 / 2))
     nested, log = fit(objective, seed)
     x = varied(2048, 555)
-    f = exported(objective, nested).encode(x).to_dense()
+    f = exported(nested, objective).encode(x).to_dense()
     mine = share(x, nested.decode_dense(f * (torch.arange(48) < 12)))
-    f = exported(plain, d).encode(x).to_dense()
+    f = exported(d, plain).encode(x).to_dense()
     first = torch.arange(48) < 12
     densest = (f > 0).sum(0).argsort(descending=True).argsort() < 12
     for latents in (first, densest):
@@ -368,7 +356,7 @@ def test_aux_zipf_leaves_fewer_latents_silent():
         objective = MutualChoiceObjective(4, aux=aux)
         d, log = fit(objective, steps=80, start=weak)
         assert log["l0"] == 4
-        silent[aux] = (~(exported(objective, d).encode(x).to_dense() > 0).any(0)).sum().item()
+        silent[aux] = (~(exported(d, objective).encode(x).to_dense() > 0).any(0)).sum().item()
     assert silent[0.0] >= 10
     assert silent[1 / 32] <= 2
 
@@ -382,7 +370,7 @@ def test_every_latent_of_feature_choice_is_used_in_each_batch(shape):
         x = varied(256, 555 + seed)
         loss = objective.loss(d, a_batch(x), a_step(d, 99))
         assert loss.fired.all() and loss.active == 4 * 256
-    l0 = (exported(objective, d).encode(varied(2048, 777)).values > 0).sum(-1).float()
+    l0 = (exported(d, objective).encode(varied(2048, 777)).values > 0).sum(-1).float()
     assert l0.mean() == pytest.approx(4, rel=0.1)
 
 

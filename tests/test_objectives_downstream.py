@@ -5,7 +5,16 @@ import math
 
 import pytest
 import torch
-from objective_cases import D_IN, FEATURES, a_batch, a_dictionary, a_step, planted, trained
+from objective_cases import (
+    D_IN,
+    FEATURES,
+    a_batch,
+    a_dictionary,
+    a_step,
+    exported,
+    planted,
+    trained,
+)
 from tiny_models import ARCHITECTURES, VOCAB, tiny
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -14,7 +23,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from saert.capture import capture
 from saert.hookpoint import Hookpoint, HookpointError
 from saert.hooks import hooked
-from saert.sae import SAE
 from saert.train.dictionary import Dictionary
 from saert.train.downstream import Downstream, gradients
 from saert.train.mesh import Mesh
@@ -90,18 +98,6 @@ def assert_same_gradients(d: Dictionary, ours, dense):
 def dense_code(d: Dictionary, code):
     return torch.zeros(len(code.values), d.num_latents, dtype=code.values.dtype).scatter_add(
         1, code.indices, code.values
-    )
-
-
-def exported(d: Dictionary, objective) -> SAE:
-    whole = d.whole()
-    return SAE.from_weights(
-        whole["W_enc"],
-        whole["W_dec"],
-        whole["b_enc"],
-        whole["b_dec"],
-        activation=objective.activation(whole),
-        subtract_b_dec=d.subtract_b_dec,
     )
 
 

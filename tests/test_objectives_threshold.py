@@ -7,6 +7,7 @@ import pytest
 import torch
 from objective_cases import D_IN, a_batch, a_dictionary, a_step, planted, trained
 from torch import nn
+from torch.nn import functional
 
 from saert.activations import Gated, JumpReLU, ReLU, TopK
 from saert.sae import SAE
@@ -24,6 +25,7 @@ TARGETED = [
     ReLUL1Objective(target_l0=4.0),
     GatedObjective(target_l0=4.0),
     JumpReLUObjective(target_l0=4.0, threshold=0.2, bandwidth=0.1),
+    JumpReLUObjective(target_l0=4.0),
 ]
 PENALISED = [
     ReLUL1Objective(l1=0.3),
@@ -231,7 +233,7 @@ def test_both_halves_of_the_window_move_the_threshold(offset, inside):
 
 
 @pytest.mark.parametrize("pre_act", [0.0, 0.4])
-@pytest.mark.parametrize("target", [None, 5.0])
+@pytest.mark.parametrize("target", [None, 5.0, 15.0, 30.0])
 def test_jumprelu_is_the_dense_formula_and_log_thresholds_get_the_factor(target, pre_act):
     objective = JumpReLUObjective(
         l0=0.02, target_l0=target, threshold=0.3, bandwidth=0.5, warm=0.0, pre_act=pre_act
@@ -246,7 +248,9 @@ def test_jumprelu_is_the_dense_formula_and_log_thresholds_get_the_factor(target,
     f = a * on - theta.detach() / eps * moved
     l0 = (on - moved / eps).sum(-1).mean()
     sigma = (x - x.mean(0)).square().sum(-1).mean().sqrt()
-    penalty = l0 if target is None else (l0 / target - 1).square()
+    penalty = l0
+    if target is not None:  # on all parts of h
+        penalty = 2 * functional.huber_loss(l0 / target, torch.ones_like(l0), delta=0.1)
     total = fvu(x, f @ d.W_dec + d.b_dec) + 0.02 * penalty
     total = total + pre_act * (dead * (theta - a).relu()).sum(-1).mean() / sigma
     loss = objective.loss(d, batch, a_step(d, dead=dead))
@@ -307,7 +311,8 @@ def test_target_l0_is_reached_within_a_tenth(objective):
     _, logs = reached(objective)
     l0 = sum(log["l0"] for log in logs[-20:]) / 20
     assert l0 == pytest.approx(objective.target_l0, rel=0.1)
-    assert logs[0]["l0"] > 3 * objective.target_l0
+    begins_there = objective == JumpReLUObjective(target_l0=4.0)
+    assert begins_there or logs[0]["l0"] > 3 * objective.target_l0
 
 
 @pytest.mark.parametrize("l1", [0.01, 0.5])
@@ -338,6 +343,35 @@ def test_gated_shrinks_less_than_l1_at_the_same_l0():
         found = found - x.mean(0)
         bias[objective.name] = (found.square().sum() / (found * centred).sum()).item()
     assert bias["relu_l1"] < 0.6 and bias["gated"] > 0.8
+
+
+def test_jumprelu_starts_where_the_first_batch_has_the_target_l0():
+    batch, d = a_batch(planted(500).double()), a_dictionary(dtype=DOUBLE)
+
+    def start(**options):
+        JumpReLUObjective(**options).prepare(d, batch)
+        return d.extra["log_threshold"].detach().exp()
+
+    for target in (1.0, 4.0, 7.4):
+        theta = start(target_l0=target)
+        active = (d.scores(batch.x) > theta).double().sum(1).mean().item()
+        assert active == pytest.approx(round(target), abs=2 / 500)
+        torch.testing.assert_close(theta, d.state["bandwidth"].expand_as(theta))
+    for options in ({}, {"target_l0": 48.0}):  # so many scores are not positive
+        torch.testing.assert_close(start(**options), torch.full_like(d.b_enc, 0.001))
+        assert d.state["bandwidth"] == 0.001
+    theta = start(target_l0=4.0, threshold=0.2, bandwidth=0.1)
+    torch.testing.assert_close(theta, torch.full_like(theta, 0.2))
+    assert d.state["bandwidth"] == 0.1
+
+
+def test_jumprelu_nears_its_target_in_a_short_run_and_from_the_papers_start_does_not():
+    from_target, from_papers = (
+        trained(JumpReLUObjective(target_l0=4.0, threshold=threshold), 200)[1]
+        for threshold in (None, 0.001)
+    )
+    assert from_target[-1]["l0"] == pytest.approx(4.0, rel=0.2)
+    assert from_papers[-1]["l0"] > 16
 
 
 def test_jumprelu_thresholds_move():

@@ -19,19 +19,12 @@ from torch import Tensor
 
 from saert.activations import Activation, BatchTopK
 from saert.train.dictionary import Code, Dictionary
-from saert.train.objectives.base import (
-    Batch,
-    Loss,
-    Objective,
-    Step,
-    aux_loss,
-    summarise,
-    unexplained,
-)
+from saert.train.objectives.auxk import AuxKObjective
+from saert.train.objectives.base import Batch, Loss, Step
 
 
 @dataclass(frozen=True)
-class BatchTopKObjective(Objective):
+class BatchTopKObjective(AuxKObjective):
     """k latents a token on average. `decay` is that of θ's moving average."""
 
     name: ClassVar[str] = "batch_topk"
@@ -39,16 +32,13 @@ class BatchTopKObjective(Objective):
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
     k: int = 32
     aux: float = 1 / 32
-    k_aux: int | None = None  # None: the power of two nearest to d_in / 2
+    k_aux: int | None = None
     decay: float = 0.999
 
     def __post_init__(self) -> None:
-        if self.k < 1 or (self.k_aux is not None and self.k_aux < 1):
-            raise ValueError(f"{self.name}: k {self.k}, k_aux {self.k_aux}; expected at least 1")
-        if self.aux < 0 or not 0 <= self.decay < 1:
-            raise ValueError(
-                f"{self.name}: aux {self.aux} must not be negative, decay {self.decay} in [0, 1)"
-            )
+        super().__post_init__()
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"{self.name}: decay is {self.decay}, expected in [0, 1)")
 
     def prepare(self, d: Dictionary, batch: Batch) -> None:
         if self.k > d.num_latents:
@@ -56,12 +46,7 @@ class BatchTopKObjective(Objective):
         d.state["threshold"] = d.W_enc.new_tensor(-1.0)
 
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
-        code = self.select(d, batch, step)
-        reconstruction = d.decode(code, batch.x)
-        fvu = unexplained(batch.y, reconstruction, batch.variance)
-        aux = aux_loss(d, batch, reconstruction, step.dead, self.k_aux)
-        total, parts = fvu + self.aux * aux, {"aux": aux.detach()}
-        return Loss(total, fvu.detach(), *summarise(d, code), parts)
+        return self.explain(d, batch, self.select(d, batch, step), step.dead)
 
     def select(self, d: Dictionary, batch: Batch, step: Step) -> Code:
         """The batch's code; θ follows."""

@@ -13,27 +13,16 @@ fine-tune a trained dictionary, start from its weights with a small learning rat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from saert.activations import Activation, TopK
 from saert.train.dictionary import Dictionary
-from saert.train.objectives.base import (
-    Batch,
-    Loss,
-    Objective,
-    Step,
-    aux_loss,
-    summarise,
-    unexplained,
-)
+from saert.train.objectives.auxk import AuxKObjective
+from saert.train.objectives.base import Batch, Loss, Step, aux_loss, summarise, unexplained
 
 
 @dataclass(frozen=True)
-class EndToEndObjective(Objective):
+class EndToEndObjective(AuxKObjective):
     """k latents a token; `mse` is the FVU's weight beside the KL."""
 
     name: ClassVar[str] = "end_to_end"
@@ -41,15 +30,12 @@ class EndToEndObjective(Objective):
     k: int = 32
     mse: float = 1.0
     aux: float = 1 / 32
-    k_aux: int | None = None  # None: the power of two nearest to d_in / 2
+    k_aux: int | None = None
 
     def __post_init__(self) -> None:
-        if self.k < 1 or (self.k_aux is not None and self.k_aux < 1):
-            raise ValueError(f"end_to_end: k {self.k} and k_aux {self.k_aux} must be at least 1")
-        if not 0 <= self.mse < math.inf or not 0 <= self.aux < math.inf:
-            raise ValueError(
-                f"end_to_end: mse {self.mse} and aux {self.aux} must be finite and not negative"
-            )
+        super().__post_init__()
+        if not 0 <= self.mse < math.inf:
+            raise ValueError(f"end_to_end: mse is {self.mse}, expected finite and not negative")
 
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
         if batch.downstream is None:
@@ -65,6 +51,3 @@ class EndToEndObjective(Objective):
         total = kl + self.mse * fvu + self.aux * aux
         parts = {"kl": kl.detach(), "aux": aux.detach()}
         return Loss(total, fvu.detach(), *summarise(d, code), parts)
-
-    def activation(self, whole: Mapping[str, Tensor]) -> Activation:
-        return TopK(self.k)

@@ -28,19 +28,12 @@ from torch import Tensor, nn
 
 from saert.activations import Activation, Gated
 from saert.train.dictionary import Dictionary
-from saert.train.objectives.base import (
-    Batch,
-    Loss,
-    Objective,
-    Step,
-    summarise_dense,
-    unexplained,
-)
-from saert.train.objectives.sparsity import check, coefficient, spread
+from saert.train.objectives.base import Batch, Loss, Step, summarise_dense, unexplained
+from saert.train.objectives.sparsity import L1Objective
 
 
 @dataclass(frozen=True)
-class GatedObjective(Objective):
+class GatedObjective(L1Objective):
     """λ = `l1`; with a `target_l0`, where λ starts. `gain`: of λ's control. α = `aux`."""
 
     name: ClassVar[str] = "gated"
@@ -55,14 +48,14 @@ class GatedObjective(Objective):
     gain: float = 20.0
 
     def __post_init__(self) -> None:
-        check(self.name, warm=self.warm, target_l0=self.target_l0, l1=self.l1, gain=self.gain)
+        super().__post_init__()
         if not self.aux >= 0:
             raise ValueError(f"gated: aux is {self.aux}, expected at least 0")
 
     def prepare(self, d: Dictionary, batch: Batch) -> None:
+        super().prepare(d, batch)
         d.extra["r_mag"] = nn.Parameter(torch.zeros_like(d.b_enc))
         d.extra["b_mag"] = nn.Parameter(d.b_enc.detach().clone())  # both see x − centre
-        d.state["coefficient"] = d.b_enc.new_tensor(self.l1)
 
     @torch.no_grad()
     def adopt(self, d: Dictionary, activation: Activation) -> None:
@@ -80,16 +73,8 @@ class GatedObjective(Objective):
         f, via_gate = (pi > 0) * magnitude, pi.relu()
         fvu = unexplained(batch.y, d.decode_dense(f, batch.x), batch.variance)
         aux = unexplained(batch.y, decode_frozen(d, via_gate, batch.x), batch.variance)
-        l1 = via_gate.sum() / (spread(batch) * batch.tokens)
-        weight = coefficient(
-            d, batch, step, f, warm=self.warm, target_l0=self.target_l0, gain=self.gain
-        )
-        parts = {
-            "l1": d.mesh.sum_latents(l1.detach()),
-            "aux": aux.detach(),
-            "coefficient": weight / d.mesh.replicas,
-        }
-        total = fvu + weight * l1 + self.aux * aux
+        penalty, parts = self.penalty(d, batch, step, f, shrunk=via_gate)
+        total, parts = fvu + penalty + self.aux * aux, parts | {"aux": aux.detach()}
         return Loss(total, fvu.detach(), *summarise_dense(f), parts)
 
     def activation(self, whole: Mapping[str, Tensor]) -> Activation:

@@ -26,33 +26,24 @@ Scores are dense here, [T, local]: the weight of a latent differs from token to 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from saert.activations import Activation, TopK
 from saert.kernels.linear import linear_scores
 from saert.kernels.select import topk
 from saert.train.dictionary import Code, Dictionary
-from saert.train.objectives.base import (
-    Batch,
-    Loss,
-    Objective,
-    Step,
-    aux_loss,
-    summarise,
-    unexplained,
-)
+from saert.train.objectives.auxk import AuxKObjective
+from saert.train.objectives.base import Batch, Loss, Step
 from saert.train.selection import token_ranks
 
 MODES = ("additive", "product")
 
 
 @dataclass(frozen=True)
-class GradientObjective(Objective):
+class GradientObjective(AuxKObjective):
     """k latents a token, ranked by activation and effect. `beta` counts in mode "additive" only."""
 
     name: ClassVar[str] = "gradient"
@@ -62,24 +53,17 @@ class GradientObjective(Objective):
     mode: str = "additive"
     normalise_gradient: bool = True
     aux: float = 1 / 32
-    k_aux: int | None = None  # None: the power of two nearest to d_in / 2
+    k_aux: int | None = None
 
     def __post_init__(self) -> None:
-        if self.k < 1 or (self.k_aux is not None and self.k_aux < 1):
-            raise ValueError(f"gradient: k {self.k} and k_aux {self.k_aux} must be at least 1")
-        if not 0 <= self.beta < math.inf or not 0 <= self.aux < math.inf:
-            raise ValueError(
-                f"gradient: beta {self.beta} and aux {self.aux} must be finite and not negative"
-            )
+        super().__post_init__()
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"gradient: beta is {self.beta}, expected finite and not negative")
         if self.mode not in MODES:
             raise ValueError(f"gradient: mode is {self.mode!r}, expected {' or '.join(MODES)}")
 
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
-        code = self.encode(d, batch)
-        reconstruction = d.decode(code, batch.x)
-        fvu = unexplained(batch.y, reconstruction, batch.variance)
-        aux = aux_loss(d, batch, reconstruction, step.dead, self.k_aux)
-        return Loss(fvu + self.aux * aux, fvu.detach(), *summarise(d, code), {"aux": aux.detach()})
+        return self.explain(d, batch, self.encode(d, batch), step.dead)
 
     def encode(self, d: Dictionary, batch: Batch) -> Code:
         """This shard's slots of the code, best score first."""
@@ -107,6 +91,3 @@ class GradientObjective(Objective):
             g = g * (math.sqrt(d.d_out) / mean.clamp_min(torch.finfo(g.dtype).tiny))
         effect = linear_scores(g, d.W_dec.to(d.compute), None).abs()
         return 1 + self.beta * effect if self.mode == "additive" else effect
-
-    def activation(self, whole: Mapping[str, Tensor]) -> Activation:
-        return TopK(self.k)

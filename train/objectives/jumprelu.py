@@ -2,7 +2,7 @@
 
     a = W_enc (x − b_dec) + b_enc,    f = a · H(a − θ),    x̂ = Σ f_i W_dec[i] + b_dec
     L = FVU(x̂, x) + λ · L0,           L0 = mean over tokens of Σ H(a_i − θ_i)
-    or, for a wanted L0 (dictionary_learning):    L = FVU(x̂, x) + λ · (L0 / target − 1)²
+    or, for a wanted L0:              L = FVU(x̂, x) + λ · h(L0 / target − 1)
 
 H has no gradient; the thresholds learn by pseudo-derivatives, a kernel estimate of the gradient of
 the expected loss, with the window K(u) = 1[|u| < ½] of width ε around θ:
@@ -14,7 +14,18 @@ Both look at the pre-activations a. (dictionary_learning gives H the activations
 a ≤ θ, and so loses the lower half of the window.) The parameter is ln θ; its gradient has the
 factor θ from autograd, beside the rule's own.
 
+A target L0. h(e) is e² (dictionary_learning) up to |e| = 0.1, then 0.1 · (2|e| − 0.1), straight on.
 The square leaves L0 above its target by about the part −target · dFVU/dL0 / 2λ, a few per cent.
+The straight part is ours: Adam divides by the root mean square of the gradients so far, so that
+those of a square far from its target would slow θ down later.
+
+Where θ starts. The papers start at θ = ε = 0.001. Adam moves ln θ by at most about the rate a step,
+so a short run cannot leave there: after 390 steps θ was 0.004 and L0 299, for a target of 16
+(LOG.md). With a target, θ therefore starts, and this is ours, at the level above which the first
+batch has that L0, or at 0.001 if that is more. ε is the start of θ here too, so that the window
+keeps its part of the activations: in a much narrower one a small batch has none, and θ stays where
+it is. L0 still moves while the dictionary learns, and runs of a few hundred steps end up to a tenth
+from the target. `threshold` = `bandwidth` = 0.001 is what the papers do.
 
 The paper's loss is ours times σ² = mean of ‖x − x̄‖², with λ′ = λ·σ². θ and ε are in the units of
 x, and the defaults are meant for the input transform "unit" (mean of ‖x‖² = 1). Subtracting b_dec
@@ -49,12 +60,18 @@ from saert.train.objectives.base import (
 )
 from saert.train.objectives.sparsity import check, spread, warmed_up
 
+NEAR = 0.1
+"""Up to which |L0 / target − 1| the penalty is a square."""
+
+PUBLISHED_START = 0.001
+"""θ at the first step, and ε, where the mean of ‖x‖² is 1."""
+
 
 class _Jump(torch.autograd.Function):
     """f = a · H(a − θ)."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, a: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
         ctx.save_for_backward(a, threshold)
         ctx.bandwidth = bandwidth
         return a * (a > threshold)
@@ -71,7 +88,7 @@ class _Step(torch.autograd.Function):
     """H(a − θ)."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, a: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
         ctx.save_for_backward(a, threshold)
         ctx.bandwidth = bandwidth
         return (a > threshold).to(a.dtype)
@@ -83,23 +100,24 @@ class _Step(torch.autograd.Function):
         return None, -(grad * inside).sum(0) / ctx.bandwidth, None
 
 
-def _window(a: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def _window(a: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
     return (a - threshold).abs() < bandwidth / 2
 
 
-def jump(a: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def jump(a: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
     """a · H(a − θ), a [T, local] and θ [local], with the pseudo-derivative of the docstring."""
     return _Jump.apply(a, threshold, bandwidth)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def step_above(a: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def step_above(a: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tensor:
     """H(a − θ), a [T, local] and θ [local], with the pseudo-derivative of the docstring."""
     return _Step.apply(a, threshold, bandwidth)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)
 class JumpReLUObjective(Objective):
-    """λ = `l0` (None: 1e-3, or 5 with a `target_l0`); θ starts at `threshold`; ε = `bandwidth`."""
+    """λ = `l0` (None: 1e-3, or 5 with a `target_l0`); θ starts at `threshold` (None: 0.001, or with
+    a target where the first batch has that L0); ε = `bandwidth` (None: where θ starts)."""
 
     name: ClassVar[str] = "jumprelu"
     normalise: ClassVar[str] = "unit"
@@ -108,8 +126,8 @@ class JumpReLUObjective(Objective):
     l0: float | None = None
     target_l0: float | None = None
     warm: float = 0.05
-    threshold: float = 0.001
-    bandwidth: float = 0.001
+    threshold: float | None = None
+    bandwidth: float | None = None
     pre_act: float = 0.0
 
     def __post_init__(self) -> None:
@@ -132,8 +150,19 @@ class JumpReLUObjective(Objective):
         return 1e-3 if self.target_l0 is None else 5.0
 
     def prepare(self, d: Dictionary, batch: Batch) -> None:
-        start = torch.full_like(d.b_enc, math.log(self.threshold))
-        d.extra["log_threshold"] = nn.Parameter(start)
+        start = self._start(d, batch)
+        bandwidth = start if self.bandwidth is None else self.bandwidth
+        d.extra["log_threshold"] = nn.Parameter(torch.full_like(d.b_enc, math.log(start)))
+        d.state["bandwidth"] = d.b_enc.new_tensor(bandwidth)
+
+    def _start(self, d: Dictionary, batch: Batch) -> float:
+        """θ at the first step, of all latents."""
+        if self.threshold is not None:
+            return self.threshold
+        if self.target_l0 is None:
+            return PUBLISHED_START
+        _, least = d.batch_topk(batch.x, max(1, round(self.target_l0)), batch.tokens)
+        return max(PUBLISHED_START, least.item())
 
     @torch.no_grad()
     def adopt(self, d: Dictionary, activation: Activation) -> None:
@@ -144,9 +173,9 @@ class JumpReLUObjective(Objective):
 
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
         a, threshold = d.scores(batch.x), d.extra["log_threshold"].exp()
-        f = jump(a, threshold, self.bandwidth)
+        f = jump(a, threshold, d.state["bandwidth"])
         fvu = unexplained(batch.y, d.decode_dense(f, batch.x), batch.variance)
-        l0 = step_above(a, threshold, self.bandwidth).sum() / batch.tokens
+        l0 = step_above(a, threshold, d.state["bandwidth"]).sum() / batch.tokens
         weight = self.coefficient * warmed_up(step, self.warm)
         total = fvu + weight * (l0 if self.target_l0 is None else self._missed(d, l0))
         mean_threshold = threshold.detach().sum() / (d.num_latents * d.mesh.replicas)
@@ -159,12 +188,13 @@ class JumpReLUObjective(Objective):
         return Loss(total, fvu.detach(), *summarise_dense(f), parts)
 
     def _missed(self, d: Dictionary, l0: Tensor) -> Tensor:
-        """A replica's share of (L0 / target − 1)², L0 the whole batch's, by l0, this process's."""
+        """A replica's share of h(L0 / target − 1), L0 the whole batch's, by l0, this process's."""
         assert self.target_l0 is not None
         whole = d.mesh.sum_tokens(d.mesh.sum_latents(l0.detach()))
         excess = whole / self.target_l0 - 1
         slope = 2 * (l0 - l0.detach()) / self.target_l0  # 0, but for its gradient
-        return excess * (excess / d.mesh.replicas + slope)
+        near = excess.clamp(-NEAR, NEAR)
+        return near * ((2 * excess - near) / d.mesh.replicas + slope)
 
     def activation(self, whole: Mapping[str, Tensor]) -> Activation:
         return JumpReLU(whole["extra.log_threshold"].exp())

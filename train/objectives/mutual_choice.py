@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from saert.train.dictionary import Code, Dictionary
-from saert.train.objectives.base import Batch, Loss, Step, aux_loss, summarise, unexplained
+from saert.train.objectives.base import Batch, Loss, Step
 from saert.train.objectives.batch_topk import BatchTopKObjective, rising
 from saert.train.objectives.zipf import expected_density
 
@@ -53,12 +53,8 @@ class MutualChoiceObjective(BatchTopKObjective):
         code = self.select(d, batch, step)
         found, decay = density(d, code, batch), rising(self.decay, step)
         d.state["density"] = torch.lerp(found, d.state["density"], decay)
-        reconstruction = d.decode(code, batch.x)
-        fvu = unexplained(batch.y, reconstruction, batch.variance)
         neglected = step.dead | (d.state["density"] < self.underused * self.law(d)[d.latents])
-        aux = aux_loss(d, batch, reconstruction, neglected, self.k_aux)
-        total, parts = fvu + self.aux * aux, {"aux": aux.detach()}
-        return Loss(total, fvu.detach(), *summarise(d, code), parts)
+        return self.explain(d, batch, code, neglected)
 
     def law(self, d: Dictionary) -> Tensor:
         """ρ̂ of all latents, whatever the shard: their ranks are among all of them."""

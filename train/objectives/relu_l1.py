@@ -19,19 +19,12 @@ from torch import Tensor
 
 from saert.activations import Activation, ReLU
 from saert.train.dictionary import Dictionary
-from saert.train.objectives.base import (
-    Batch,
-    Loss,
-    Objective,
-    Step,
-    summarise_dense,
-    unexplained,
-)
-from saert.train.objectives.sparsity import check, coefficient, spread
+from saert.train.objectives.base import Batch, Loss, Step, summarise_dense, unexplained
+from saert.train.objectives.sparsity import L1Objective
 
 
 @dataclass(frozen=True)
-class ReLUL1Objective(Objective):
+class ReLUL1Objective(L1Objective):
     """λ = `l1`; with a `target_l0`, where λ starts. `gain`: of λ's control."""
 
     name: ClassVar[str] = "relu_l1"
@@ -41,24 +34,11 @@ class ReLUL1Objective(Objective):
     target_l0: float | None = None
     gain: float = 20.0
 
-    def __post_init__(self) -> None:
-        check(self.name, warm=self.warm, target_l0=self.target_l0, l1=self.l1, gain=self.gain)
-
-    def prepare(self, d: Dictionary, batch: Batch) -> None:
-        d.state["coefficient"] = d.b_enc.new_tensor(self.l1)
-
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
         f = d.scores(batch.x).relu()
         fvu = unexplained(batch.y, d.decode_dense(f, batch.x), batch.variance)
-        l1 = f.sum() / (spread(batch) * batch.tokens)
-        weight = coefficient(
-            d, batch, step, f, warm=self.warm, target_l0=self.target_l0, gain=self.gain
-        )
-        parts = {
-            "l1": d.mesh.sum_latents(l1.detach()),
-            "coefficient": weight / d.mesh.replicas,
-        }
-        return Loss(fvu + weight * l1, fvu.detach(), *summarise_dense(f), parts)
+        penalty, parts = self.penalty(d, batch, step, f, shrunk=f)
+        return Loss(fvu + penalty, fvu.detach(), *summarise_dense(f), parts)
 
     def activation(self, whole: Mapping[str, Tensor]) -> Activation:
         return ReLU()

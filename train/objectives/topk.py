@@ -10,56 +10,38 @@ third, decodes the 4k largest as well (β = 1/8), which gives codes that can be 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
-from saert.activations import Activation, TopK
 from saert.train.dictionary import Dictionary, narrow
-from saert.train.objectives.base import (
-    Batch,
-    Loss,
-    Objective,
-    Step,
-    aux_loss,
-    summarise,
-    unexplained,
-)
+from saert.train.objectives.auxk import AuxKObjective
+from saert.train.objectives.base import Batch, Loss, Step, unexplained
 
 
 @dataclass(frozen=True)
-class TopKObjective(Objective):
+class TopKObjective(AuxKObjective):
     """k latents a token. `multi` is Multi-TopK's weight (the paper's: 1/8); 0 leaves it out."""
 
     name: ClassVar[str] = "topk"
     k: int = 32
     aux: float = 1 / 32
-    k_aux: int | None = None  # None: the power of two nearest to d_in / 2
+    k_aux: int | None = None
     multi: float = 0.0
     multi_factor: int = 4
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.multi_factor < 1 or (self.k_aux is not None and self.k_aux < 1):
+        super().__post_init__()
+        if self.multi_factor < 1 or not 0 <= self.multi < math.inf:
             raise ValueError(
-                f"topk: k {self.k}, k_aux {self.k_aux} and multi_factor {self.multi_factor} must "
-                "be at least 1"
+                f"topk: multi_factor {self.multi_factor} must be at least 1, multi {self.multi} "
+                "finite and not negative"
             )
-        if not (0 <= self.aux < math.inf and 0 <= self.multi < math.inf):
-            raise ValueError(f"topk: aux {self.aux} and multi {self.multi} must be at least 0")
 
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
-        wide = d.topk(batch.x, self.k * self.multi_factor if self.multi else self.k)
-        code = narrow(wide, self.k, d.mesh) if self.multi else wide
-        reconstruction = d.decode(code, batch.x)
-        fvu = unexplained(batch.y, reconstruction, batch.variance)
-        aux = aux_loss(d, batch, reconstruction, step.dead, self.k_aux)
-        total, parts = fvu + self.aux * aux, {"aux": aux.detach()}
-        if self.multi:
-            multi = unexplained(batch.y, d.decode(wide, batch.x), batch.variance)
-            total, parts = total + self.multi * multi, parts | {"multi_fvu": multi.detach()}
-        return Loss(total, fvu.detach(), *summarise(d, code), parts)
-
-    def activation(self, whole: Mapping[str, Tensor]) -> Activation:
-        return TopK(self.k)
+        if not self.multi:
+            return self.explain(d, batch, d.topk(batch.x, self.k), step.dead)
+        wide = d.topk(batch.x, self.k * self.multi_factor)
+        loss = self.explain(d, batch, narrow(wide, self.k, d.mesh), step.dead)
+        multi = unexplained(batch.y, d.decode(wide, batch.x), batch.variance)
+        parts = {**loss.parts, "multi_fvu": multi.detach()}
+        return replace(loss, total=loss.total + self.multi * multi, parts=parts)

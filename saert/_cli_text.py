@@ -67,8 +67,10 @@ def _own_words(session: Session, rows: int, context: int, batch: int = 32) -> Te
                 session.model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
-                    do_sample=True,
+                    do_sample=True,  # from the model's own distribution: no easier text
+                    temperature=1.0,
                     top_k=0,
+                    top_p=1.0,
                     min_new_tokens=context - 1,
                     max_new_tokens=context - 1,
                     pad_token_id=start,

@@ -361,6 +361,11 @@ def _stops(original: Callable[..., Any], config: Any, kwargs: dict[str, Any]) ->
     return tuple(found) if isinstance(found, list | tuple) else (int(found),)
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether SAEs are attached to a model at the moment."""
+    return _ATTRIBUTE in _identity(model).__dict__
+
+
 def _identity(model: nn.Module) -> nn.Module:
     """The one module that stands for a model in all its wrappers."""
     try:

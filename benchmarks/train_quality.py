@@ -46,13 +46,13 @@ from benchmarks._train_peers import LIBRARIES, Library, Task, Trained  # noqa: E
 from benchmarks.kernels import device_name, versions  # noqa: E402
 from saert.capture import capture  # noqa: E402
 from saert.hookpoint import Hookpoint  # noqa: E402
+from saert.measure.reconstruction import Unexplained  # noqa: E402
 from saert.train.config import (  # noqa: E402
     EvaluationConfig,
     ModelConfig,
     SAEConfig,
     TrainConfig,
 )
-from saert.train.evaluate import Unexplained  # noqa: E402
 from saert.train.mesh import Mesh  # noqa: E402
 from saert.train.objectives.base import ALIVE  # noqa: E402
 from saert.train.objectives.topk import TopKObjective  # noqa: E402

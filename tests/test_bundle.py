@@ -12,6 +12,7 @@ from transformers import GPT2Config
 
 from saert.hub import bundled
 from saert.hub.format import read
+from saert.measure.evaluate import evaluate
 from saert.runtime import attach
 from saert.train.bundle.config import (
     BUNDLED_RECIPE,
@@ -40,7 +41,6 @@ from saert.train.bundle.windows import (
     segments,
     split_windows,
 )
-from saert.train.evaluate import evaluate
 
 VOCABULARY = "the cat dog sat ran on a mat big red hat and saw tree bird then went home to sleep"
 WORDS = VOCABULARY.split()

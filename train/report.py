@@ -25,7 +25,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from saert.train.evaluate import DENSITY_EDGES, Metrics
+from saert.measure.evaluate import Metrics
+from saert.measure.reconstruction import DENSITY_EDGES
 
 LOG = "metrics.jsonl"
 Logs = Mapping[str, Mapping[str, float]]

@@ -28,11 +28,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from saert.hub import bundled
 from saert.hub.format import save
 from saert.hub.load import load_string
+from saert.measure.evaluate import Metrics, evaluate
 from saert.sae import SAE
 from saert.train.cache import Cache, write_atomically
 from saert.train.cards import card
 from saert.train.config import ConfigError, TrainConfig
-from saert.train.evaluate import Metrics, evaluate
 from saert.train.mesh import Mesh
 from saert.train.record import (
     alone_in,

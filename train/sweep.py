@@ -25,11 +25,11 @@ from torch import Tensor
 
 from saert.capture import capture
 from saert.hookpoint import Hookpoint
+from saert.measure.reconstruction import Unexplained
 from saert.sae import SAE
 from saert.train import scaling, scaling_plots
 from saert.train.cache import write_atomically
 from saert.train.config import ConfigError, TrainConfig
-from saert.train.evaluate import Unexplained
 from saert.train.run import Job, Member, Run
 from saert.train.scaling import Fit, Point
 from saert.train.session import Session

@@ -24,6 +24,7 @@ from transformers import (
 from saert.hookpoint import Hookpoint
 from saert.hub import bundled
 from saert.hub.format import save
+from saert.measure.evaluate import evaluate
 from saert.train.bundle import cards
 from saert.train.bundle.config import Recipe, SAEConfig
 from saert.train.bundle.language_model import (
@@ -43,7 +44,6 @@ from saert.train.bundle.windows import (
     segments,
     split_windows,
 )
-from saert.train.evaluate import evaluate
 from saert.train.mesh import Mesh
 from saert.train.objectives.topk import TopKObjective
 from saert.train.run import Job, Plan, Run

@@ -93,7 +93,7 @@ def splices(
     device = next(model.parameters()).device
     for part in tracked(rows.split(rows_at_once(model, rows, batch)), "splicing", progress):
         used, positions = kept(part, either(special, padding))
-        now = _Pass(model, part.to(device), _scored(part, padding), places)
+        now = Pass(model, part.to(device), _scored(part, padding), places)
         now.count(clean, now.logits)
         mask = used.to(device)[:, None]
         for sae, one in zip(saes, found, strict=True):
@@ -114,7 +114,7 @@ def splices(
     return found
 
 
-class _Pass:
+class Pass:
     """A batch of rows, the model's logits [rows, context, vocabulary] on it, and the hidden states
     [tokens, d]."""
 

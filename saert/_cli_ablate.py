@@ -107,7 +107,7 @@ def ablate(
             ids, about = text.rows, text.source
         else:
             ids, about = session.encode(prompt)["input_ids"], prompt
-        options = {"positions": read_positions(positions), "horizon": horizon}
+        options: dict[str, Any] = {"positions": read_positions(positions), "horizon": horizon}
         chosen = _latents(latents)
         sae = one.sae.to(session.model.device)
         site = sites(sae)[1]

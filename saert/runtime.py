@@ -23,6 +23,7 @@ from saert.tap import Record, Tap
 from saert.tracker import Tracker, no_copy
 
 Source = SAE | str
+Places = bool | str | Hookpoint | Iterable[str | Hookpoint]
 _loader: Callable[[str], SAE] | None = None
 
 
@@ -37,7 +38,8 @@ def attach(
     saes: Source | Sequence[Source] | Mapping[str | Hookpoint, Source],
     edits: Edit | Iterable[Edit] = (),
     *,
-    splice: bool | str | Hookpoint | Iterable[str | Hookpoint] = False,
+    splice: Places = False,
+    refine: Places = False,
     record: Record = "last",
     hookpoint: str | Hookpoint | None = None,
     strict: bool = True,
@@ -52,6 +54,9 @@ def attach(
         edits: `add`, `clamp`, `scale`, `ablate`, `add_vector`; applied in list order.
         splice: True, or the hookpoints where the reconstruction replaces the hidden state. Without
             it the SAE's error is kept, and only the difference that edits make is added.
+        refine: True, or the hookpoints where activations are refitted to what the SAE should write,
+            on the latents that the encoder chose (`saert.refine`): such codes are what is recorded,
+            what edits and conditions read, and with `splice` what the reconstruction is made of.
         record: "last" keeps the codes of the latest forward pass, "all" those of every token since
             attach, False none: an SAE that no edit reads is then not even encoded.
         hookpoint: where to put a single SAE that does not say, or against what it says.
@@ -70,6 +75,7 @@ def attach(
     attachment = Attachment(model, _resolve(saes, hookpoint), record, strict)
     try:
         attachment.splice = splice
+        attachment.refine = refine
         attachment.edits = edits
         attachment._go_live()
     except BaseException:
@@ -89,6 +95,7 @@ class Attachment:
         self._closed = False
         self._edits: tuple[Edit, ...] = ()
         self._spliced: tuple[Hookpoint, ...] = ()
+        self._refined: tuple[Hookpoint, ...] = ()
         self._tracker: Tracker | None = None
         self._model = model
         for at, sae in saes:
@@ -153,16 +160,26 @@ class Attachment:
         return self._spliced
 
     @splice.setter
-    def splice(self, where: bool | str | Hookpoint | Iterable[str | Hookpoint]) -> None:
+    def splice(self, where: Places) -> None:
         self._check_open("splice")
-        if isinstance(where, bool):
-            taps = list(self._taps) if where else []
-        else:
-            names = [where] if isinstance(where, str | Hookpoint) else list(where)
-            taps = [tap for name in names for tap in self._named(name, "splice")]
+        taps = self._at(where, "splice")
         for tap in self._taps:
             tap.splice = tap in taps
         self._spliced = tuple(dict.fromkeys(tap.hookpoint for tap in taps))
+        self._changed()
+
+    @property
+    def refine(self) -> tuple[Hookpoint, ...]:
+        """Where activations are refitted. Assign as in `attach`; the next pass obeys."""
+        return self._refined
+
+    @refine.setter
+    def refine(self, where: Places) -> None:
+        self._check_open("refine")
+        taps = self._at(where, "refine")
+        for tap in self._taps:
+            tap.refine = tap in taps
+        self._refined = tuple(dict.fromkeys(tap.hookpoint for tap in taps))
         self._changed()
 
     def report(self) -> dict[str, SAEReport]:
@@ -170,7 +187,7 @@ class Attachment:
 
         FVU = Σ‖y - ŷ‖² / Σ‖y - ȳ‖² over the tokens seen (Gao et al. 2024), as the SAE's own input
         (a transcoder's: its target) stood before its edits; padding is left out. L0 and FVU are
-        None with `record=False`.
+        None with `record=False`, and of the refined code where `refine` is on.
         """
         names = [str(tap.hookpoint) for tap in self._taps]
         keys = [
@@ -198,6 +215,12 @@ class Attachment:
     def _changed(self) -> None:
         if self._tracker is not None:
             _forget_compiled()
+
+    def _at(self, where: Places, who: str) -> list[Tap]:
+        if isinstance(where, bool):
+            return list(self._taps) if where else []
+        names = [where] if isinstance(where, str | Hookpoint) else list(where)
+        return [tap for name in names for tap in self._named(name, who)]
 
     def _owner(self, one: Edit) -> Tap:
         which = one.select.sae

@@ -18,10 +18,12 @@ from saert.context import Context
 from saert.edits import Edit, LatentEdit, VectorEdit
 from saert.hookpoint import Hookpoint, Location
 from saert.hooks import InputHook, OutputHook
-from saert.kernels.numerics import accumulation_dtype
+from saert.kernels.numerics import accumulation_dtype, no_autocast
 from saert.plan import EditPlan, compile_plan, edit
 from saert.record import Recorder
+from saert.refine import refit
 from saert.sae import SAE
+from saert.sparse import SparseCode
 from saert.tracker import Tracker, no_copy
 
 Record = Literal[False, "last", "all"]
@@ -48,7 +50,7 @@ class Tap:
             self.carry = model.get_submodule(self.write.carry)
         self.recorder = Recorder(sae, record)
         self.record = record is not False
-        self.splice = False
+        self.splice = self.refine = False
         self._edits: list[Edit] = []
         self._plan, self._planned_for = EditPlan(), (sae.device, sae.dtype)
         self._tracker: Tracker | None = None
@@ -165,7 +167,7 @@ class Tap:
             raise RuntimeError(f"{self.hookpoint} did not run before {self.sae.target_hookpoint}")
         tracker = self._tracker
         context = _context(tracker.trained if _recomputing() else tracker.context, y)
-        x = self._checked(x, context)
+        x = self._checked(x, context, self.sae.d_in, "reads")
         if self.sae.device != x.device:
             with _outside_inference_mode():
                 self.sae.to(x.device)
@@ -195,10 +197,14 @@ class Tap:
         observe = self.record and not recomputing
         code = None
         if observe or self.splice or plan.reads_code:
-            dense = torch.compiler.is_compiling() and self.sae.activation.per_latent
-            if not dense and (observe or self.splice or not self.sae.activation.per_latent):
-                graph = torch.is_grad_enabled() and (self.splice or plan.reads_code)
-                with torch.set_grad_enabled(graph):
+            per_latent = self.sae.activation.per_latent
+            graph = torch.is_grad_enabled() and (self.splice or plan.reads_code)
+            with torch.set_grad_enabled(graph):
+                if self.refine:
+                    code = self._refined(x, y if transcodes else x, context)
+                elif (observe or self.splice or not per_latent) and not (
+                    per_latent and torch.compiler.is_compiling()
+                ):
                     code = self.sae.encode(x)
         if observe:
             with torch.no_grad():
@@ -208,12 +214,27 @@ class Tap:
         source = x if transcodes else None
         return edit(y, self.sae, plan, source=source, code=code, splice=self.splice)
 
-    def _checked(self, x: Tensor, context: Context) -> Tensor:
+    def _refined(self, x: Tensor, y: Tensor, context: Context) -> SparseCode:
+        """The code that conditions and edits read, that is recorded and spliced, instead of what
+        the encoder says: its activations refitted to y (`saert.refine`)."""
+        if torch.compiler.is_compiling() and self.sae.activation.per_latent:
+            # torch.compile leaves a frame that raises to Python, where nothing is compiling
+            raise NotImplementedError(
+                f"{self.hookpoint}: refine=True in a graph without breaks needs a TopK SAE, found "
+                f"{type(self.sae.activation).__name__}, whose codes have no fixed width"
+            )
+        code = self.sae.encode(x)
+        if y is not x:
+            y = self._checked(y, context, self.sae.d_out, "writes")
+        with no_autocast(y):
+            return SparseCode(code.indices, refit(self.sae, code, x, y).values, code.num_latents)
+
+    def _checked(self, x: Tensor, context: Context, width: int, verb: str) -> Tensor:
         """x, with zeros where padding holds NaN or inf; ValueError for those at a real token."""
-        if x.shape[-1] != self.sae.d_in:
+        if x.shape[-1] != width:
             raise ValueError(
-                f"{self.hookpoint}: the hidden state is {list(x.shape)}, but the SAE reads width "
-                f"{self.sae.d_in}"
+                f"{self.hookpoint}: the hidden state is {list(x.shape)}, but the SAE {verb} width "
+                f"{width}"
             )
         if torch.compiler.is_compiling() or bool(x.isfinite().all()):
             return x

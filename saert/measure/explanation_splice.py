@@ -139,12 +139,15 @@ def explanation_loss(
     if not count:
         raise ValueError("explanation_loss: the rows leave no next token to predict")
     losses = {
-        name: SpliceLoss(*(one.sums[0, 1:3] / count).tolist(), errors[name].fvu)
-        for name, one in effects.items()
+        name: SpliceLoss(ce=ce / count, kl=kl / count, fvu=errors[name].fvu)
+        for name, (ce, kl) in ((n, one.sums[0, 1:3].tolist()) for n, one in effects.items())
     }
-    ce = bare.sums[0, 1].item() / count
     return ExplanationLoss(
-        ce=ce, **losses, others=others, latents=len(explanations), tokens=int(count)
+        ce=bare.sums[0, 1].item() / count,
+        **losses,
+        others=others,
+        latents=len(explanations),
+        tokens=int(count),
     )
 
 

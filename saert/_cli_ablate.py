@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -33,11 +32,14 @@ from saert._cli_options import (
 from saert._cli_session import Session, UserError, open_session, read_positions
 from saert._cli_text import read_text
 from saert.measure.ablation import ablation_effects, direction_effects
+from saert.measure.ablation_run import NothingToAblate
 from saert.measure.ablation_table import AblationEffects
+from saert.measure.features.identity import differences, model_identity, sae_identity
 from saert.measure.passes import sites
 from saert.measure.progress import tracked
 
 Option = typer.Option
+KEPT = 10  # promoted and suppressed tokens of each ablation
 SORTS = ("kl", "sparsity", "loss_change", "values", "positions")
 
 
@@ -104,10 +106,14 @@ def ablate(
         one = session.saes[0]
         if prompt is None:
             text = read_text(session, data, rows, context)
-            ids, about = text.rows, text.source
+            ids, about, special = text.rows, text.source, text.special
         else:
-            ids, about = session.encode(prompt)["input_ids"], prompt
-        options: dict[str, Any] = {"positions": read_positions(positions), "horizon": horizon}
+            ids, about, special = session.encode(prompt)["input_ids"], prompt, None
+        options: dict[str, Any] = {
+            "positions": read_positions(positions),
+            "horizon": horizon,
+            "special": special,
+        }
         chosen = _latents(latents)
         sae = one.sae.to(session.model.device)
         site = sites(sae)[1]
@@ -115,12 +121,19 @@ def ablate(
         def of_latents(row: Tensor, shown: bool) -> AblationEffects:
             return ablation_effects(
                 session.model, sae, row, latents=chosen, keep_error=keep_error, strict=strict,
-                batch_size=batch, progress=shown, **options,
+                progress=shown, **options,
             )  # fmt: skip
 
         def of_directions(which: str) -> Any:
             return lambda row, shown: direction_effects(
-                session.model, site, row, which, batch_size=batch, progress=shown, **options
+                session.model,
+                site,
+                row,
+                which,
+                top=KEPT,
+                batch_size=batch,
+                progress=shown,
+                **options,
             )
 
         wanted = {"latents": of_latents}
@@ -129,12 +142,15 @@ def ablate(
         if random:
             wanted["random directions"] = of_directions(f"random:{random}")
         settings = {
-            "model": session.name, "sae": one.source, "latents": latents, "positions": positions,
-            "horizon": horizon, "keep_error": keep_error, "channels": channels, "random": random,
-            "weights": _digest(sae.W_dec), "ids": _digest(ids),
+            "model": model_identity(session.model, sae) | {"source": session.name},
+            "sae": sae_identity(sae) | {"source": one.source},
+            "latents": latents, "positions": positions, "horizon": horizon, "keep_error": keep_error, "channels": channels, "random": random,
+            "ids": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
         }  # fmt: skip
         found = {
-            name: _by_rows(run, ids, _kept(out, settings, name), name, progress and not as_json)
+            name: _by_rows(
+                run, ids, _kept(out, settings, name), horizon, name, progress and not as_json
+            )
             for name, run in wanted.items()
         }
         if out is not None:
@@ -156,11 +172,6 @@ def _latents(text: str) -> str | list[int]:
     return [int(n) for n in numbers] if all(n.strip().isdigit() for n in numbers) else text
 
 
-def _digest(tensor: Tensor) -> str:
-    plain = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(plain.tobytes()).hexdigest()[:16]
-
-
 def _kept(out: Path | None, settings: dict[str, Any], name: str) -> Path | None:
     """The folder for one table's rows; UserError if `out` holds other ablations."""
     if out is None:
@@ -168,16 +179,18 @@ def _kept(out: Path | None, settings: dict[str, Any], name: str) -> Path | None:
     record = out / "settings.json"
     if record.exists():
         before = json.loads(record.read_text("utf-8"))
-        other = [key for key in settings if before.get(key) != settings[key]]
+        other = differences(before, settings)
         if other:
-            raise UserError(f"--out {out}: holds ablations with another {', '.join(other)}")
+            raise UserError("\n".join([f"--out {out}: holds other ablations", *other]))
     folder = out / "rows" / name.replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=1), "utf-8")
     return folder
 
 
-def _by_rows(run: Any, ids: Tensor, folder: Path | None, name: str, shown: bool) -> AblationEffects:
+def _by_rows(
+    run: Any, ids: Tensor, folder: Path | None, horizon: int, name: str, shown: bool
+) -> AblationEffects:
     """All rows; with a folder one at a time, each kept there, those already there read."""
     if folder is None:
         table: AblationEffects = run(ids, shown)
@@ -187,11 +200,18 @@ def _by_rows(run: Any, ids: Tensor, folder: Path | None, name: str, shown: bool)
         path = folder / f"{i:06}.safetensors"
         if not path.exists():
             half = path.with_suffix(".part")
-            run(ids[i : i + 1], False).save(half)
+            try:
+                found = run(ids[i : i + 1], False)
+            except NothingToAblate:  # an answer too
+                found = AblationEffects.empty(horizon, KEPT)
+            found.save(half)
             half.replace(path)
         table = AblationEffects.load(path)
         tables.append(AblationEffects(**vars(table) | {"rows": table.rows + i}))
-    return AblationEffects.cat(tables)
+    whole = AblationEffects.cat(tables)
+    if not len(whole):
+        raise NothingToAblate(f"{name}: none is active at the chosen positions of any row")
+    return whole
 
 
 def _listed(table: AblationEffects, session: Session, ids: Tensor) -> list[dict[str, Any]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,7 +18,10 @@ Act = Callable[[Tensor], Tensor | None]
 
 @contextmanager
 def hooked(model: nn.Module, hookpoint: Hookpoint, act: Act) -> Iterator[None]:
-    """Call `act` on the hidden state at a hookpoint; what it returns, if anything, replaces it."""
+    """Call `act` on the hidden state at a hookpoint; what it returns, if anything, replaces it.
+
+    A compiled model runs uncompiled meanwhile: a graph made before would not know of the hook.
+    """
     location = hookpoint.resolve(model)
     changes: list[Tensor] = []
 
@@ -35,10 +40,19 @@ def hooked(model: nn.Module, hookpoint: Hookpoint, act: Act) -> Iterator[None]:
         # before other hooks on the block's output, which must see the change
         handles = [_register(location, replace), _register(block, carry, prepend=True)]
     try:
-        yield
+        with eager():
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def eager() -> AbstractContextManager[object]:
+    """Compiled models run uncompiled inside."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _register(at: Location, act: Act, prepend: bool = False) -> RemovableHandle:
@@ -86,3 +100,14 @@ class InputHook:
             raise TypeError(f"{type(module).__name__} was called without a tensor")
         new = self.act(kwargs[name])
         return None if new is None else (args, {**kwargs, name: new})
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: what it says, or its first parameter that is not offloaded
+    (those stand on the meta device until they are used)."""
+    hook = getattr(model, "_hf_hook", None)  # accelerate's
+    place = getattr(hook, "execution_device", None)
+    if place is not None:
+        return torch.device(place)
+    found = (parameter.device for parameter in model.parameters())
+    return next((device for device in found if device.type != "meta"), torch.device("cpu"))

@@ -149,6 +149,115 @@ def test_a_model_whose_upper_blocks_look_past_the_stream_is_run_as_a_whole() -> 
     with pytest.warns(UserWarning, match="cannot be replayed"):
         run = choose_runner(model, Hookpoint.parse("resid_post.1"), IDS)
     assert isinstance(run, BruteForce)
+    short = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    short["attention_mask"][0, 1:] = 0  # a row of one token, where both come to the same
+    with pytest.warns(UserWarning, match="cannot be replayed"):
+        sae = sae_at("resid_post.1")
+        assert ablation_effects(model, sae, short, progress=False).method == "brute force"
+
+
+@pytest.mark.parametrize("when", ["several tokens", "one place"])
+def test_a_user_hook_that_a_replay_would_run_otherwise_is_noticed(when: str) -> None:
+    model, sae = tiny("gpt2"), sae_at("resid_post.0")
+    push = torch.linspace(-1, 2, HIDDEN)
+
+    def steer(block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if when == "several tokens":
+            return output + push if output.shape[1] > 1 else output
+        return torch.cat([output[:, :1] + push, output[:, 1:]], 1)
+
+    model.transformer.h[2].register_forward_hook(steer)
+    with pytest.warns(UserWarning, match="cannot be replayed"):
+        found = ablation_effects(model, sae, IDS, positions=-1, top=3, progress=False)
+    check(model, sae, found, 16)
+
+
+def test_positions_that_depend_on_the_length_of_the_row() -> None:
+    """Dynamic RoPE scales with the row, so neither a replay nor a shortened row will do."""
+    from tiny_models import HEAD8, build
+
+    rope = dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0)
+    model = build("Llama", **HEAD8 | dict(max_position_embeddings=6, rope_parameters=rope))
+    sae = sae_at("resid_post.1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = ablation_effects(
+            model, sae, IDS, positions=[0, 3], horizon=3, top=3, progress=False
+        )
+    check(model, sae, found, 3)
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+def test_compiled_models_are_measured(how: str) -> None:
+    sae = sae_at("resid_post.1")
+    plain = ablation_effects(tiny("llama"), sae, IDS, positions=4, progress=False)
+    model = tiny("llama")
+    compiled = torch.compile(model, backend="eager") if how == "wrapped" else model
+    if how == "in place":
+        model.compile(backend="eager")
+    before = compiled(IDS, use_cache=False).logits
+    found = ablation_effects(compiled, sae, IDS, positions=4, progress=False)
+    torch.testing.assert_close(found.kl, plain.kl)
+    torch.testing.assert_close(compiled(IDS, use_cache=False).logits, before)
+
+
+def test_large_changes_and_ruled_out_tokens_have_finite_effects() -> None:
+    model = tiny("gpt2")
+    ids = IDS[:1]
+    big, ruled = torch.randn(2, VOCAB), torch.randn(2, VOCAB)
+    from saert.measure.effects import effects
+
+    big[1] = big[0] + 200 * torch.randn(VOCAB)
+    ruled[:, 5] = -torch.inf
+    for before, after in (big, ruled):
+        found = effects(before[None], after[None, None], torch.tensor([3]), 2)
+        log_p, log_q = (z.double().log_softmax(-1) for z in (before, after))
+        kl = (log_p.exp() * (log_p - log_q)).nan_to_num(0).sum()
+        assert found.kl[0, 0] == pytest.approx(kl.item(), rel=1e-5)
+        assert found.loss_change[0, 0] == pytest.approx((log_p[3] - log_q[3]).item(), rel=1e-4)
+        assert found.sparsity.isfinite().all()
+    after = ruled[0].clone()
+    after[7] = torch.nan
+    with pytest.raises(ValueError, match="NaN or inf"):
+        effects(ruled[:1], after[None, None], torch.tensor([3]), 2)
+    hook = model.lm_head.register_forward_hook(lambda m, a, z: z.fill_(torch.nan))
+    with pytest.raises(ValueError, match="are NaN after a change"):
+        ablation_effects(model, sae_at("resid_post.1"), ids, progress=False)
+    hook.remove()
+
+
+def test_the_base_pass_makes_no_logits() -> None:
+    """Logits of a long row and a large vocabulary would not fit."""
+    model, seen = tiny("gpt2"), []
+    model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape[:2].numel()))
+    ablation_effects(
+        model, sae_at("resid_post.1", k=2), IDS[:1].repeat(1, 9), positions=3, horizon=2,
+        progress=False,
+    )  # fmt: skip
+    assert max(seen) <= 3 * 5
+
+
+def test_offloaded_models() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    sae = sae_at("resid_post.1")
+    plain = ablation_effects(tiny("llama"), sae, IDS, positions=4, progress=False)
+    model = accelerate.cpu_offload(tiny("llama"), torch.device("cpu"))
+    found = ablation_effects(model, sae, IDS, positions=4, progress=False)
+    assert found.method == "replay"
+    torch.testing.assert_close(found.kl, plain.kl)
+
+
+def test_special_tokens_are_not_ablated() -> None:
+    model, sae, first = tiny("gpt2"), sae_at("resid_post.1"), IDS[:, :1]
+    mask = lambda ids: ids == first[0]  # noqa: E731
+    found = ablation_effects(model, sae, IDS, special=mask, horizon=2, progress=False)
+    assert not mask(IDS)[found.rows, found.positions].any() and len(found) == 3 * int(
+        (~mask(IDS)).sum()
+    )
+    other = direction_effects(
+        model, "resid_post.1", IDS, "random:2", special=mask, horizon=2, progress=False
+    )
+    assert len(other) == 2 * int((~mask(IDS)).sum())
 
 
 @pytest.mark.parametrize("kind", ["transcoder_square", "sae_skip"])
@@ -226,6 +335,11 @@ def test_directions_and_channels() -> None:
         model, "resid_post.1", IDS, "channels:5", positions=[6], horizon=4, progress=False
     )
     assert len(few.latents.unique()) == 5
+    twice = torch.tensor([6, 6, -5])
+    again = direction_effects(
+        model, "resid_post.1", IDS, "channels:5", positions=twice, horizon=4, progress=False
+    )
+    torch.testing.assert_close(again.kl, few.kl)
     generator = torch.Generator().manual_seed(2)
     u = torch.randn(3, HIDDEN, generator=generator)
     given = direction_effects(
@@ -271,10 +385,12 @@ def _with(model: nn.Module, row: int, position: int, new: Tensor) -> tuple[Tenso
     return plain, changed
 
 
-def test_bfloat16_has_no_effect_where_nothing_changes() -> None:
+def test_bfloat16() -> None:
     model, sae = tiny("llama").bfloat16(), sae_at("resid_post.1")
     run = choose_runner(model, Hookpoint.parse("resid_post.1"), IDS)
     assert isinstance(run, Replay)
+    same = run.logits(torch.zeros(2, dtype=torch.int64), 5, torch.zeros(2, HIDDEN), 4)
+    assert torch.equal(same[0], same[1])  # so that no change has no effect
     found = ablation_effects(model, sae, IDS, positions=[5], horizon=4, progress=False)
     wide = ablation_effects(model.float(), sae, IDS, positions=[5], horizon=4, progress=False)
     assert (found.kl / wide.kl).log().abs().median() < 0.5
@@ -330,7 +446,7 @@ def test_refusals(options: dict, message: str) -> None:
 
 def test_refuses_models_that_would_give_other_numbers() -> None:
     model, sae = tiny("gpt2"), sae_at("resid_post.1")
-    with attach(model, sae), pytest.raises(ValueError, match="detach first"):
+    with attach(model, sae), pytest.raises(ValueError, match="SAEs attached"):
         ablation_effects(model, sae, IDS, progress=False)
     with pytest.raises(ValueError, match="training mode"):
         ablation_effects(model.train(), sae, IDS, progress=False)
@@ -345,7 +461,7 @@ def test_refuses_models_that_would_give_other_numbers() -> None:
 def test_nothing_active_is_an_error() -> None:
     model, sae = tiny("gpt2"), sae_at("resid_post.1")
     quiet = [i for i in range(24) if i not in _active(model, sae)]
-    with pytest.raises(ValueError, match="nothing to ablate"):
+    with pytest.raises(ValueError, match="no such latent is active"):
         ablation_effects(model, sae, IDS, latents=quiet[0], positions=0, progress=False)
 
 
@@ -364,6 +480,12 @@ def test_the_table(tmp_path) -> None:
             getattr(found, name), getattr(again, name), rtol=0, atol=0, equal_nan=True
         )
     assert again.method == "replay" and len(again[3:7]) == 4 and len(again[-1]) == 1
+    assert [int(one.latents) for one in found] == found.latents.tolist()
+    assert torch.equal(found[torch.tensor(2)].kl, found.kl[2:3])
+    assert len(found[np.int64(1)]) == 1 and len(found[[0, 2]]) == 2
+    with pytest.raises(IndexError):
+        found[len(found)]
+    assert not len(AblationEffects.cat([AblationEffects.empty(4, 10), found[:0]]))
     kl = found.sort().kl
     assert (kl[:-1] >= kl[1:]).all()
     loss = found.sort("loss_change", descending=False).loss_change

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from saert.cli import app
 from saert.hub import bundled
+from saert.hub.format import save
 from saert.measure.ablation import ablation_effects, direction_effects
 from saert.measure.ablation_table import AblationEffects
 
@@ -55,7 +56,32 @@ def test_rows_are_kept_and_not_done_again(tmp_path) -> None:
     again = AblationEffects.load(tmp_path / "latents.safetensors")
     torch.testing.assert_close(again.kl, whole.kl, rtol=1e-6, atol=0)
     found = CliRunner().invoke(app, ["ablate", *args, "--horizon", "4"])
-    assert found.exit_code == 2 and "another horizon" in found.output
+    assert found.exit_code == 2 and "horizon: there 16, now 4" in found.output
+
+
+def test_another_place_or_encoder_is_not_taken_for_the_same(tmp_path) -> None:
+    args = ("--rows", "1", "--context", "6", "--positions", "3", "--out", str(tmp_path / "kept"))
+    sae = bundled.sae("resid_post.1")
+    save(sae, tmp_path / "sae")
+    start = ("ablate", str(tmp_path / "sae"), "-m", "bundled", *args)
+    assert CliRunner().invoke(app, [*start]).exit_code == 0
+    found = CliRunner().invoke(app, [*start, "--hookpoint", "resid_post.2"])
+    assert found.exit_code == 2 and "sae.hookpoint" in found.output
+    sae.W_enc.data *= 1.5
+    save(sae, tmp_path / "sae")
+    found = CliRunner().invoke(app, [*start])
+    assert found.exit_code == 2 and "sae.fingerprint" in found.output
+
+
+def test_a_row_where_nothing_is_active_is_kept_as_empty(tmp_path) -> None:
+    args = ("--rows", "3", "--context", "10", "--positions", "4")
+    everything = run(*args, "--out", str(tmp_path / "all"))
+    table = AblationEffects.load(tmp_path / "all" / "latents.safetensors")
+    counts = {int(i): len(table[table.latents == i].rows.unique()) for i in table.latents.unique()}
+    latent = next(i for i, rows in counts.items() if rows < 3)
+    some = run(*args, "--latents", str(latent), "--out", str(tmp_path / "one"))
+    assert some["summary"]["latents"]["count"] == int((table.latents == latent).sum())
+    assert everything["summary"]["latents"]["count"] == len(table)
 
 
 def test_for_people() -> None:

@@ -14,7 +14,8 @@ directions, instead: the paper's baselines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from saert.measure.ablation_run import Pairs, Plan, measure
 from saert.measure.ablation_table import AblationEffects
 from saert.measure.attribution import attribute
 from saert.measure.metric import Inputs, next_token_loss
-from saert.measure.passes import sites
+from saert.measure.passes import Special, sites
 from saert.sae import SAE
 
 
@@ -43,6 +44,7 @@ def ablation_effects(
     horizon: int = 16,
     keep_error: bool = True,
     top: int = 10,
+    special: Special | None = None,
     batch_size: int | None = None,
     strict: bool = True,
     progress: bool = True,
@@ -60,6 +62,7 @@ def ablation_effects(
         horizon: how many tokens are looked at, the ablated one first.
         keep_error: False measures on a model with the SAE's reconstruction spliced in everywhere.
         top: how many promoted and suppressed tokens to keep.
+        special: ids -> bool of the same shape, tokens where nothing is ablated (BOS, say).
         batch_size: ablations per pass; by default as many as 512 MiB allow.
         strict: refuse an SAE whose metadata names another model.
 
@@ -82,14 +85,15 @@ def ablation_effects(
         hidden = capture(model, ids, (read, write), batch=len(ids))
         x = hidden[read].view(*ids.shape, -1).to(sae.device)
         code = sae.encode(x)
-        used = torch.zeros(ids.shape, dtype=torch.bool, device=sae.device)
-        used[:, _chosen(positions, ids.shape[1])] = True
+        used = _used(ids, positions, special).to(sae.device)
         active = (code.values != 0) & used.unsqueeze(-1)
         if wanted is not None:
             active &= torch.isin(code.indices, wanted.to(code.indices.device))
         rows, at, _ = active.nonzero(as_tuple=True)
         pairs = Pairs(rows, at, code.indices[active], code.values[active])
-        if attributed is not None and len(rows):
+        if attributed is not None and ids.shape[1] == 1:
+            pairs = pairs[rows[:0]]  # a row of one token has no next-token loss
+        elif attributed is not None and len(rows):
             loss = next_token_loss(ids)
             scores = attribute(model, sae, ids, loss, strict=strict, progress=False)
             pairs = _largest(pairs, scores.at(write, rows, at, pairs.latents), attributed)
@@ -114,6 +118,7 @@ def direction_effects(
     positions: Positions = None,
     horizon: int = 16,
     top: int = 10,
+    special: Special | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -138,21 +143,19 @@ def direction_effects(
         x = capture(model, ids, (site,), batch=len(ids))[site].view(*ids.shape, -1)
         names, u = _directions(directions, x.shape[-1], seed)
         u = u.to(x.device, torch.promote_types(x.dtype, torch.float32))
-        at = torch.tensor(_chosen(positions, ids.shape[1]), dtype=torch.int64)
-        grid = torch.cartesian_prod(torch.arange(len(ids)), at, names).to(x.device)
-        rows, where, name = grid.unbind(-1)
+        rows, at = _used(ids, positions, special).to(x.device).nonzero(as_tuple=True)
+        values = x[rows, at].to(u.dtype) @ u.T  # [tokens, n]
 
         def direction(some: Tensor) -> Tensor:
             return u[torch.searchsorted(names.to(some.device), some)]
 
-        values = torch.cat(  # a row at a time: [tokens, n] and not [rows · tokens · n, d]
-            [(state.to(u.dtype) @ u.T)[at].flatten() for state in x]
-        )
-
         def change(some: Pairs) -> Tensor:
             return -some.values.unsqueeze(-1) * direction(some.latents)
 
-        pairs = Pairs(rows, where, name, values)
+        count = len(u)
+        name = names.to(x.device).repeat(len(rows))
+        each = (rows.repeat_interleave(count), at.repeat_interleave(count))
+        pairs = Pairs(*each, name, values.flatten())
 
         return pairs, change, None
 
@@ -179,6 +182,7 @@ def _wanted(
     wanted = torch.as_tensor(latents).reshape(-1)
     if wanted.is_floating_point() or wanted.dtype == torch.bool or not len(wanted):
         raise TypeError(f"latents: found {latents!r}, expected at least one latent's number")
+    wanted = wanted.long()
     if not 0 <= int(wanted.min()) <= int(wanted.max()) < num_latents:
         raise ValueError(
             f"latents: found {int(wanted.min())} to {int(wanted.max())}, expected 0 to "
@@ -187,17 +191,20 @@ def _wanted(
     return wanted, None
 
 
-def _chosen(positions: Positions, tokens: int) -> list[int]:
-    everywhere = list(range(tokens))
-    if positions is None:
-        return everywhere
-    if isinstance(positions, slice):
-        return everywhere[positions]
-    found = [positions] if isinstance(positions, int) else list(positions)
-    missing = [p for p in found if not -tokens <= p < tokens]
-    if missing:
-        raise ValueError(f"positions: {missing[0]} is outside a row of {tokens} tokens")
-    return sorted({p % tokens for p in found})
+def _used(ids: Tensor, positions: Positions, special: Special | None) -> Tensor:
+    """bool [rows, tokens]: where latents are ablated."""
+    tokens = ids.shape[1]
+    used = torch.zeros(tokens, dtype=torch.bool, device=ids.device)
+    if positions is None or isinstance(positions, slice):
+        used[list(range(tokens)[positions or slice(None)])] = True
+    else:
+        several = positions if isinstance(positions, Iterable) else [positions]
+        for position in map(operator.index, several):
+            if not -tokens <= position < tokens:
+                raise ValueError(f"positions: {position} is outside a row of {tokens} tokens")
+            used[position] = True
+    used = used.expand(ids.shape)
+    return used if special is None else used & ~special(ids).to(ids.device)
 
 
 def _largest(pairs: Pairs, scores: Tensor, count: int) -> Pairs:

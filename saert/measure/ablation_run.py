@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from saert.hookpoint import Hookpoint
+from saert.hooks import device_of
 from saert.measure.ablation_table import AblationEffects
 from saert.measure.effects import effects
 from saert.measure.metric import Inputs, tokens_of
+from saert.measure.passes import check_ready
 from saert.measure.progress import bar
 from saert.measure.replay import Replay, Runner, choose_runner
-from saert.tracker import is_attached
 
 CHUNK_TOKENS = 2048
 """Rows share a base pass up to about so many tokens: their keys, values and streams are kept."""
@@ -39,6 +40,10 @@ class Pairs:
         return len(self.rows)
 
 
+class NothingToAblate(ValueError):
+    """No ablation is left to do."""
+
+
 Plan = tuple[Pairs, Callable[[Pairs], Tensor], Tensor | None]
 """The ablations of some rows, the change [n, d] that each makes, and what to splice in."""
 
@@ -59,11 +64,8 @@ def measure(
     for name, value in (("horizon", horizon), ("top", top), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout adds noise: model.eval()")
-    if is_attached(model):
-        raise ValueError("the model has SAEs attached, whose hooks would interfere: detach first")
-    device = next(model.parameters()).device
+    check_ready(model)
+    device = device_of(model)
     chunks = list(_chunks(real))
     tables: list[AblationEffects] = []
     kind: type[Runner] | None = None
@@ -83,16 +85,17 @@ def measure(
                 done += len(part)
                 show(len(chunks) * done + i * len(pairs), len(chunks) * len(pairs))
     if not tables:
-        raise ValueError("nothing to ablate: no such latent is active at the chosen positions")
+        raise NothingToAblate("no such latent is active at the chosen positions")
     whole = AblationEffects.cat(tables)
     order = whole.positions.argsort(stable=True)
     return whole[order[whole.rows[order].argsort(stable=True)]]
 
 
 def _chunks(real: Tensor) -> Iterator[list[int]]:
-    """Rows of equal length, together as long as their tokens stay within the limit."""
+    """Rows of equal length, the longest first, together as long as their tokens stay within the
+    limit."""
     lengths = real.sum(-1).tolist()
-    for length in sorted(set(lengths)):
+    for length in sorted(set(lengths), reverse=True):
         same = [row for row, other in enumerate(lengths) if other == length]
         several = max(1, CHUNK_TOKENS // length)
         yield from (same[i : i + several] for i in range(0, len(same), several))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -51,6 +52,16 @@ class AblationEffects:
     method: str = "replay"
 
     @classmethod
+    def empty(cls, horizon: int, top: int) -> AblationEffects:
+        """A table without entries."""
+        whole, real = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
+        columns: dict[str, Any] = {name: real for name in ("sparsity", "kl", "loss_change")}
+        columns |= {f"{name}_by_token": real.view(0, horizon) for name in ("kl", "loss_change")}
+        columns |= {name: whole for name in ("rows", "positions", "latents")}
+        columns |= {name: whole.view(0, top) for name in ("top_promoted", "top_suppressed")}
+        return cls(**columns, values=real.float())
+
+    @classmethod
     def cat(cls, parts: Sequence[AblationEffects]) -> AblationEffects:
         """Tables under each other. Raises ValueError if their horizons or tops differ."""
         shapes = {tuple(getattr(part, name).shape[1:] for name in COLUMNS) for part in parts}
@@ -63,10 +74,11 @@ class AblationEffects:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def __getitem__(self, which: slice | Tensor | Sequence[int]) -> AblationEffects:
-        """Some of the ablations: a slice, a mask bool [n], or numbers."""
-        if isinstance(which, int):
-            which = slice(which, which + 1 or None)
+    def __getitem__(self, which: int | slice | Tensor | Sequence[int]) -> AblationEffects:
+        """Some of the ablations: one by its number, a slice, a mask bool [n], or numbers."""
+        if not isinstance(which, slice) and getattr(which, "ndim", 0) == 0 and _is_int(which):
+            number = range(len(self))[operator.index(which)]  # type: ignore[arg-type]
+            which = slice(number, number + 1)
         return replace(self, **{name: getattr(self, name)[which] for name in COLUMNS})
 
     def sort(self, by: str = "kl", descending: bool = True) -> AblationEffects:
@@ -128,6 +140,14 @@ class AblationEffects:
 
 
 COLUMNS = tuple(f.name for f in fields(AblationEffects) if f.name != "method")
+
+
+def _is_int(which: Any) -> bool:
+    try:
+        operator.index(which)
+    except TypeError:
+        return False
+    return True
 
 
 def _mean(column: Tensor) -> float:

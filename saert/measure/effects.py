@@ -55,9 +55,15 @@ def effects(plain: Tensor, changed: Tensor, following: Tensor, top: int) -> Effe
         p = before.softmax(-1)
         torch.sub(changed[:, t], before, out=delta)
         mean = delta @ p
+        if not mean.isfinite().all():
+            mean = _finite(delta, changed[:, t], before) @ p
         torch.sub(delta, mean[:, None], out=u)
         torch.expm1(u, out=curved).sub_(u)
-        kl[:, t] = (curved @ p).clamp_min(0).log1p()
+        found = (curved @ p).clamp_min(0).log1p()
+        if (large := ~found.isfinite()).any():  # e^u overflowed: no digits to lose then
+            shifted = before.log_softmax(-1) + delta[large]
+            found[large] = shifted.logsumexp(-1) - mean[large]
+        kl[:, t] = found
         if (token := following[t]) >= 0:
             loss[:, t] = mean + kl[:, t] - delta[:, token]
         delta -= _median(delta, u)
@@ -72,6 +78,15 @@ def effects(plain: Tensor, changed: Tensor, following: Tensor, top: int) -> Effe
         raised=moved.topk(most).indices,
         lowered=moved.topk(most, largest=False).indices,
     )
+
+
+def _finite(delta: Tensor, changed: Tensor, before: Tensor) -> Tensor:
+    """δ with 0 for vocabulary entries that are ruled out before and after. ValueError for others
+    that are not finite."""
+    delta[changed == before] = 0
+    if not delta.isfinite().all():
+        raise ValueError("the logits after an ablation are NaN or inf, or no longer are")
+    return delta
 
 
 def _median(x: Tensor, spare: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saert.capture import capture
 from saert.hookpoint import Hookpoint
+from saert.hooks import device_of
 from saert.sae import SAE
 from saert.sparse import SparseCode
+from saert.tracker import is_attached
 
 Special = Callable[[Tensor], Tensor]
 """rows of token ids -> bool of the same shape: positions that no measure looks at."""
@@ -47,13 +49,22 @@ def encoded(
     Raises ValueError if the SAE does not say where it reads.
     """
     read, write = sites(sae)
-    device = next(model.parameters()).device
+    check_ready(model)
+    device = device_of(model)
     for part in rows.split(batch):
         used = torch.ones_like(part, dtype=torch.bool) if special is None else ~special(part)
         hidden = capture(model, part.to(device), (read, write), batch=len(part))
         x, y = (hidden[h].view(*part.shape, -1).to(sae.device) for h in (read, write))
         used = used.to(sae.device)
         yield Encoded(part, used, x, y, masked(sae.encode(x), used))
+
+
+def check_ready(model: nn.Module) -> None:
+    """ValueError if a measure would see another model than the one that will be used."""
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout is on: call model.eval()")
+    if is_attached(model):
+        raise ValueError("the model has SAEs attached, which would be measured with it: detach")
 
 
 def masked(code: SparseCode, used: Tensor) -> SparseCode:

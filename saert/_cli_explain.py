@@ -99,9 +99,11 @@ def explain(
         sae = loaded.sae.to(session.model.device)
         chosen = [latent_of(session, spec, "--latent")[1] for spec in latent or []]
         # a quarter more, which the graphs do not see; of a short text the same share
-        asked = rows + rows // 4
+        asked = rows + max(1, rows // 4)
         text = read_text(session, data, asked, context)
         seen = max(1, len(text.rows) * rows // asked)
+        if reconstruction and seen == len(text.rows):
+            raise UserError(f"--reconstruction: {text.source} has one row; it needs another")
         found = n2g(
             session.model, sae, text.rows[:seen], chosen or None,
             sample=None if chosen else _number(latents),
@@ -112,8 +114,6 @@ def explain(
             raise UserError(f"no latent of {loaded.name} fires in {text.source}")
         loss = None
         if reconstruction:
-            if seen == len(text.rows):
-                raise UserError(f"--reconstruction: {text.source} has one row; it needs another")
             loss = explanation_loss(
                 session.model, sae, found, text.rows[seen:], others=others.value,
                 special=text.special, batch=batch, progress=shown,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -102,5 +103,7 @@ def _table(found: RefinementReport) -> Table:
 
 
 def _verdict(found: RefinementReport) -> str:
+    if math.isnan(found.shrinkage):
+        return "no latent is active, so nothing was refined"
     change = "raises" if found.shrinkage > 0 else "lowers"
     return f"refining {change} the active values by {abs(found.shrinkage):.1%} (shrinkage)"

@@ -284,6 +284,7 @@ class Reader(nn.Module):
         self.base_model = self.forward_base
         self.config = SimpleNamespace(max_position_embeddings=64, model_type="reader")
         self.config.get_text_config = lambda: self.config
+        self.eval()
         self.base_model_prefix = ""
 
     def forward_base(self, rows, use_cache=False):
@@ -645,10 +646,24 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert same(explained(model, sae, rows, [4, 0], out=path), [whole[4], whole[0]])
     with pytest.raises(ValueError, match="was made with seed=0, found 1"):
         explained(model, sae, rows, range(5), out=path, seed=1)
+    shifted, subtracting = reader_sae(), reader_sae()
+    shifted.b_enc.data[5] += 1
+    subtracting.subtract_b_dec = True
+    for changed in (shifted, subtracting, reader_sae(TopK(2))):
+        with pytest.raises(ValueError, match="was made with sae="):
+            explained(model, changed, rows, range(5), out=path)
+    with pytest.raises(ValueError, match="was made with rows="):
+        explained(model, sae, rows.reshape(-1, rows.shape[1] * 2), range(5), out=path)
+    next(model.parameters()).data.mul_(1.5)
+    with pytest.raises(ValueError, match="was made with model="):
+        explained(model, sae, rows, range(5), out=path)
 
 
 def test_bad_input_is_refused():
     model, sae, rows = Reader(), reader_sae(), reader_rows()
+    behind_bos = explained(Reader(first=1), sae, reader_rows(bos=True), [0])
+    with pytest.raises(ValueError, match="has to begin every row"):
+        behind_bos.predict(rows)
     for wrong, message in (
         (dict(latents=[6]), r"latents \[6\], the SAE has 0 to 5"),
         (dict(train=0), "train=0"),

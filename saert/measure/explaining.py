@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saert.measure.explanations import Explanations, append, resume
+from saert.measure.features.identity import model_identity, sae_identity
 from saert.measure.n2g_drafts import Maker
 from saert.measure.n2g_examples import Sampler, random_keys
 from saert.measure.n2g_score import score
@@ -60,8 +61,8 @@ def explain(
             padding on the right). They still stand in the text that the model reads.
         bos: the token that begins every row and stays in front of every altered text, so that
             models which were trained behind a BOS are not asked what they do without one. "auto":
-            the one that all rows begin with, if there is one. None: no token is kept, as in the
-            original. A graph's START is the place behind it.
+            the one that all of several rows begin with, if there is one. None: no token is kept, as
+            in the original. A graph's START is the place behind it.
         evaluation: int64 [rows, context], other rows for precision and correlation. None: `rows`,
             without the tokens that a latent's own graph was built from.
         batch: rows at a time; memory is that of `batch` rows.
@@ -82,7 +83,8 @@ def explain(
     begin = _bos(rows, scored, bos)
     left_out = behind(special, first := int(begin is not None))
     settings = {
-        "sae": _digest(sae.W_enc[:64]),
+        "model": model_identity(model, sae)["fingerprint"],
+        "sae": sae_identity(sae)["fingerprint"],
         "hookpoint": str(sites(sae)[0]),
         "num_latents": sae.num_latents,
         "rows": _digest(rows),
@@ -186,8 +188,9 @@ def _alive(counts: Tensor, sample: int | None, seed: int) -> list[int]:
 
 
 def _digest(tensor: Tensor) -> str:
+    shape = str(list(tensor.shape)).encode()
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return sha256(data).hexdigest()[:16]
+    return sha256(shape + data).hexdigest()[:16]
 
 
 def _split(items: Sequence[int], size: int) -> list[Sequence[int]]:

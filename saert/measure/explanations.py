@@ -147,7 +147,13 @@ class Explanations(Sequence[Explanation]):
         """Predicted activations of the explained latents: rows int64 [rows, context] ->
         SparseCode [rows, context, k], float32, on the CPU; empty at a BOS that begins every row
         if the graphs were made behind one."""
-        found = self._matcher(rows, first=int(self.settings["bos"] is not None))
+        bos = self.settings["bos"]
+        if bos is not None and bool((rows[:, 0] != bos).any()):
+            raise ValueError(
+                f"explanations: the graphs were made behind token {bos}, which has to begin every "
+                f"row; found {rows[:, 0].unique().tolist()[:5]}"
+            )
+        found = self._matcher(rows, first=int(bos is not None))
         tokens, order = found.tokens.sort(stable=True)
         count = torch.bincount(tokens, minlength=rows.numel())
         slot = torch.arange(len(tokens)) - (count.cumsum(0) - count)[tokens]
@@ -164,7 +170,8 @@ class Explanations(Sequence[Explanation]):
         `wild` counts the graphs that predict nearly every token (`Graph.wild`)."""
         decades: dict[str, list[Explanation]] = {}
         for one in sorted(self, key=lambda e: -e.density):
-            power = math.floor(math.log10(one.density)) if one.active else None
+            # 1 itself belongs to the densest decade
+            power = min(math.floor(math.log10(one.density)), -1) if one.active else None
             name = "never active" if power is None else f"1e{power} to 1e{power + 1}"
             decades.setdefault(name, []).append(one)
         return _means(self.explanations) | {

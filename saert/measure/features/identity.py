@@ -16,7 +16,8 @@ SAMPLE = 4096  # elements looked at in each tensor
 
 def model_identity(model: Any, sae: SAE) -> dict[str, str]:
     """Its name, as the SAE has it if it does, and a fingerprint of architecture and weights."""
-    config = model.config.get_text_config()
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     shape = {
         name: value
         for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")

@@ -117,7 +117,12 @@ def _least_squares(d: Dictionary, x: Tensor, wanted: Tensor) -> Tensor:
 @torch.no_grad()
 def start_from(d: Dictionary, sae: SAE, units: Units) -> None:
     """Give a dictionary the weights of a saved SAE, for fine-tuning. Thresholds and other numbers
-    of an objective stay where it starts them.
+    of an objective are for its `prepare` and `adopt`, which come next.
+
+    Decoder norms ν move into the encoder: W_enc · ν and b_enc · ν with W_dec / ν write the same.
+    Activations are then ν times what they were, so `adopt` multiplies thresholds and biases by the
+    buffer `saved_norm` [num_latents] left here, on every rank for all latents. It is 1 where the
+    SAE selects by decoder norm, by score · ν: what it compares is what it compared.
 
     Raises ValueError if the SAE has other shapes, or reads through another input transform.
     """
@@ -127,15 +132,15 @@ def start_from(d: Dictionary, sae: SAE, units: Units) -> None:
             f"init: the SAE has num_latents, d_in, d_out = {found}, this run "
             f"{[d.num_latents, d.d_in, d.d_out]}"
         )
-    if sae.select_by_decoder_norm:
-        raise ValueError("init: the SAE selects by decoder norm, which no dictionary here does")
     if sae.input_transform != units.transform or (sae.W_skip is None) != (d.W_skip is None):
         raise ValueError(
             f"init: the SAE has {sae.input_transform} and W_skip {sae.W_skip is not None}; this "
             f"run trains with {units.transform} and W_skip {d.W_skip is not None}"
         )
     stored: dict[str, Tensor] = {
-        name: t for name, t in sae.named_parameters() if name in ("W_enc", "W_dec", "b_enc")
+        name: t.to(d.W_enc.dtype)  # a norm in bfloat16 would have two digits
+        for name, t in sae.named_parameters()
+        if name in ("W_enc", "W_dec", "b_enc")
     }
     whole = units.unfold(
         {
@@ -153,4 +158,6 @@ def start_from(d: Dictionary, sae: SAE, units: Units) -> None:
     for name in ("b_dec", "W_skip"):
         if whole.get(name) is not None:
             getattr(d, name).copy_(whole[name])
+    saved_norm = torch.ones_like(norm) if sae.select_by_decoder_norm else norm
+    d.register_buffer("saved_norm", saved_norm, persistent=False)
     d.subtract_b_dec = sae.subtract_b_dec

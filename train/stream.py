@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saert.capture import capture
 from saert.hookpoint import Hookpoint
+from saert.hooks import device_of
 from saert.train.cache import Cache
 from saert.train.downstream import gradients
 from saert.train.mesh import Mesh
@@ -220,7 +221,7 @@ class ActivationStream:
         split = mesh.shards if len(own) % mesh.shards == 0 else 1
         part = own.chunk(split)[mesh.shard] if split > 1 else own
         model, found = self.model(), dict[str, Tensor]()
-        part = part.to(next(model.parameters()).device)
+        part = part.to(device_of(model))
         if self.wants_gradient:
             pairs = gradients(model, part, self.sites, self.config.forward_rows)
             for site, (x, gradient) in pairs.items():

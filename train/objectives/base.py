@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from saert.activations import Activation, Gated
+from saert.activations import Activation, BatchTopK, Gated, TopK
+from saert.measure.reconstruction import ALIVE
 from saert.train.dictionary import Code, Dictionary, narrow
 from saert.train.mesh import Mesh
 
-ALIVE = 1e-3
-"""An activation counts as firing above this; a selected zero does not (ALGORITHMS.md 1.5)."""
+EQUAL = 1.005
+"""Decoder norms within this factor count as equal: rounding to bfloat16 takes up to 1.004."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,24 @@ class Objective(ABC):
         """
 
     def adopt(self, d: Dictionary, activation: Activation) -> None:
-        """After `prepare`: start from a saved SAE's activation, in the units of training.
+        """After `start_from` and `prepare`: start from the saved SAE's activation, in the units of
+        training. Its decoder's norms are not in it yet (`folded`).
 
-        Raises ValueError where starting from its weights alone would make another SAE of it.
+        Raises ValueError where the SAE would become another one: if it is gated, or compares
+        latents by plain scores although their decoder norms differ, and this objective ranks them.
         """
         if isinstance(activation, Gated):
             raise ValueError(f"init: a gated SAE can start gated training only, not {self.name}")
+        if isinstance(activation, TopK | BatchTopK) and getattr(self, "k", None) is not None:
+            norm = d.get_buffer("saved_norm")
+            if norm.max() > EQUAL * norm.min():
+                raise ValueError(
+                    f"init: the SAE's {type(activation).__name__} compares plain scores, and its "
+                    f"decoder norms are {norm.min():.3g} to {norm.max():.3g}; {self.name} ranks by "
+                    "score times norm, and would select other latents. Start from an SAE with "
+                    "equal norms, or, to rank by that from now on, save this one with "
+                    "select_by_decoder_norm = True first"
+                )
 
     @abstractmethod
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
@@ -141,6 +154,13 @@ class Objective(ABC):
     @abstractmethod
     def activation(self, whole: Mapping[str, Tensor]) -> Activation:
         """The inference activation, in the units of training, from `Dictionary.whole()`."""
+
+
+def folded(d: Dictionary, saved: Tensor) -> Tensor:
+    """Thresholds or biases of the SAE that `d` started from, a number or [num_latents], times its
+    decoder's norms, which the scores of `d` carry: [num_latents], of all shards."""
+    norm = d.get_buffer("saved_norm")
+    return saved.to(norm) * norm
 
 
 # -- shared terms --------------------------------------------------------------------------------

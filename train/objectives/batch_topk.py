@@ -20,7 +20,7 @@ from torch import Tensor
 from saert.activations import Activation, BatchTopK
 from saert.train.dictionary import Code, Dictionary
 from saert.train.objectives.auxk import AuxKObjective
-from saert.train.objectives.base import Batch, Loss, Step
+from saert.train.objectives.base import Batch, Loss, Step, folded
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class BatchTopKObjective(AuxKObjective):
         if self.k > d.num_latents:
             raise ValueError(f"{self.name}: k is {self.k}, but there are {d.num_latents} latents")
         d.state["threshold"] = d.W_enc.new_tensor(-1.0)
+
+    @torch.no_grad()
+    def adopt(self, d: Dictionary, activation: Activation) -> None:
+        super().adopt(d, activation)
+        if isinstance(activation, BatchTopK) and activation.threshold.dim() == 0:
+            d.state["threshold"] = folded(d, activation.threshold).mean().to(d.W_enc)
 
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
         return self.explain(d, batch, self.select(d, batch, step), step.dead)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from saert.activations import Activation, Gated
 from saert.train.dictionary import Dictionary
-from saert.train.objectives.base import Batch, Loss, Step, summarise_dense, unexplained
+from saert.train.objectives.base import Batch, Loss, Step, folded, summarise_dense, unexplained
 from saert.train.objectives.sparsity import L1Objective
 
 
@@ -61,8 +61,8 @@ class GatedObjective(L1Objective):
     def adopt(self, d: Dictionary, activation: Activation) -> None:
         if isinstance(activation, Gated):
             for own, saved in (
-                (d.b_enc, activation.b_gate),
-                (d.extra["b_mag"], activation.b_mag),
+                (d.b_enc, folded(d, activation.b_gate)),
+                (d.extra["b_mag"], folded(d, activation.b_mag)),
                 (d.extra["r_mag"], activation.r_mag),
             ):
                 own.copy_(saved[d.latents])

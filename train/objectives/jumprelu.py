@@ -25,7 +25,8 @@ so a short run cannot leave there: after 390 steps θ was 0.004 and L0 299, for 
 batch has that L0, or at 0.001 if that is more. ε is the start of θ here too, so that the window
 keeps its part of the activations: in a much narrower one a small batch has none, and θ stays where
 it is. L0 still moves while the dictionary learns, and runs of a few hundred steps end up to a tenth
-from the target. `threshold` = `bandwidth` = 0.001 is what the papers do.
+from the target. Training that goes on from a JumpReLU SAE starts at its θ instead, and ε is their
+median (or 0.001). `threshold` = `bandwidth` = 0.001 is what the papers do.
 
 The paper's loss is ours times σ² = mean of ‖x − x̄‖², with λ′ = λ·σ². θ and ε are in the units of
 x, and the defaults are meant for the input transform "unit" (mean of ‖x‖² = 1). Subtracting b_dec
@@ -55,6 +56,7 @@ from saert.train.objectives.base import (
     Loss,
     Objective,
     Step,
+    folded,
     summarise_dense,
     unexplained,
 )
@@ -117,7 +119,8 @@ def step_above(a: Tensor, threshold: Tensor, bandwidth: Tensor | float) -> Tenso
 @dataclass(frozen=True)
 class JumpReLUObjective(Objective):
     """λ = `l0` (None: 1e-3, or 5 with a `target_l0`); θ starts at `threshold` (None: 0.001, or with
-    a target where the first batch has that L0); ε = `bandwidth` (None: where θ starts)."""
+    a target where the first batch has that L0); ε = `bandwidth` (None: where θ starts, which
+    for a saved SAE's thresholds is their median)."""
 
     name: ClassVar[str] = "jumprelu"
     normalise: ClassVar[str] = "unit"
@@ -168,8 +171,11 @@ class JumpReLUObjective(Objective):
     def adopt(self, d: Dictionary, activation: Activation) -> None:
         super().adopt(d, activation)
         if isinstance(activation, JumpReLU):
-            threshold = activation.threshold.expand(d.num_latents)[d.latents]
-            d.extra["log_threshold"].copy_(threshold.clamp_min(1e-12).log())
+            threshold = folded(d, activation.threshold)
+            d.extra["log_threshold"].copy_(threshold[d.latents].clamp_min(1e-12).log())
+            if self.bandwidth is None and self.threshold is None:
+                middle = max(PUBLISHED_START, threshold.median().item())
+                d.state["bandwidth"] = d.b_enc.new_tensor(middle)
 
     def loss(self, d: Dictionary, batch: Batch, step: Step) -> Loss:
         a, threshold = d.scores(batch.x), d.extra["log_threshold"].exp()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from saert._cli_session import Loaded, Session, UserError
 from saert._cli_text import Text
 from saert.compat import check_model
+from saert.hooks import device_of
 from saert.measure.compute import LossLaw, compute_equivalent, fit_losses
 from saert.measure.downstream import measure
 from saert.measure.passes import sites
@@ -38,6 +39,7 @@ from saert.measure.transfer import TransferReport
 RESULTS, PAGE = "eval.json", "eval.html"
 MEASURES = 1  # counted up when a number's definition changes: older entries are measured again
 AT_ONCE = 8  # SAEs that share passes, and are saved together
+LAW = ("a", "b", "c", "low", "high", "whole", "compute", "loss")  # what --scaling may hold
 SAMPLE = 64  # entries of each of a model's tensors that its fingerprint looks at
 
 
@@ -111,7 +113,7 @@ class Evaluation:
         models = [self.session.model] + ([] if self.tuned is None else [self.tuned[1]])
         home = [sae.device for sae in saes]
         for sae in saes:
-            sae.to(self.session.model.device)
+            sae.to(device_of(self.session.model))
         options: dict[str, Any] = {"batch": self.batch, "special": self.text.special}
         base, *tuned = (
             measure(model, saes, self.text.rows, progress=progress, **options) for model in models
@@ -130,7 +132,7 @@ class Evaluation:
     def _circumstances(self) -> dict[str, Any]:
         """What is recorded but decides nothing."""
         return {
-            "device": str(self.session.model.device),
+            "device": str(device_of(self.session.model)),
             "versions": {
                 "saert": version("saert"),
                 "torch": torch.__version__,
@@ -177,6 +179,10 @@ def read_scaling(path: Path) -> tuple[tuple[LossLaw, float | None], str]:
     except json.JSONDecodeError as error:
         raise UserError(f"--scaling {path}: no JSON: {error}") from None
     content = content if isinstance(content, dict) else {}
+    for key, value in content.items():
+        if key in LAW and not _numbers(value, several=key in ("compute", "loss")):
+            what = "a list of numbers" if key in ("compute", "loss") else "a number"
+            raise UserError(f"--scaling {path}: {key} is {json.dumps(value)}, expected {what}")
     whole = content.pop("whole", None)
     if set(content) == {"compute", "loss"}:
         law = fit_losses(content["compute"], content["loss"])
@@ -189,6 +195,13 @@ def read_scaling(path: Path) -> tuple[tuple[LossLaw, float | None], str]:
             "low, high), or compute and loss; and, if known, whole"
         )
     return (law, whole), f"a = {law.a:.4g}, b = {law.b:.4g}, c = {law.c:.4g} ({source})"
+
+
+def _numbers(value: Any, several: bool) -> bool:
+    """Whether JSON is a number, or a list of them."""
+    found = value if several and isinstance(value, list) else [value]
+    plain = all(isinstance(n, int | float) and not isinstance(n, bool) for n in found)
+    return plain and isinstance(value, list) == several
 
 
 def write(path: Path, content: Mapping[str, Any] | str) -> None:

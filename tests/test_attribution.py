@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from saert import SAE, SparseCode, TopK, ablate, add, attach, attribute
+from saert.hooks import hooked
 from saert.measure import (
     attribution_agreement,
     logit_difference,
@@ -238,7 +239,7 @@ def test_gradients_pass_through_an_sae_downstream(gpt2):
     assert torch.equal(alone["resid_post.0"].values, both["resid_post.0"].values)
     assert torch.equal(alone.errors["resid_post.0"], both.errors["resid_post.0"])
     # through a splice, where they do not, they differ: the check can fail
-    with attach(gpt2, second, splice=True, record=False):
+    with hooked(gpt2, second.hookpoint, second):
         through = attribute(gpt2, first, IDS, metric)
     assert not torch.allclose(alone["resid_post.0"].values, through["resid_post.0"].values)
 
@@ -414,6 +415,28 @@ def test_what_is_refused(gpt2):
 
 
 # -- lookups, metrics, agreement -------------------------------------------------------------------
+
+
+def test_a_model_with_saes_attached_is_refused(gpt2):
+    sae = sae_at("resid_post.1")
+    with attach(gpt2, sae, splice=True), pytest.raises(ValueError, match="attached"):
+        attribute(gpt2, sae, IDS, next_token_loss(IDS))
+
+
+@pytest.mark.parametrize("method", ["atp", "ig"])
+def test_an_offloaded_model_has_the_same_effects(method):
+    accelerate = pytest.importorskip("accelerate")
+    sae = sae_at("resid_post.1", dtype=torch.float32)
+    away = accelerate.cpu_offload(tiny_models.tiny("gpt2"), execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in away.parameters())
+    found, want = (
+        attribute(m, sae, IDS, next_token_loss(IDS), method=method, steps=3, progress=False)
+        for m in (away, tiny_models.tiny("gpt2"))
+    )
+    at = "resid_post.1"
+    assert torch.equal(found[at].indices, want[at].indices)
+    torch.testing.assert_close(found[at].values, want[at].values)
+    assert want[at].values.any()
 
 
 def test_lookups_find_what_is_there(gpt2):

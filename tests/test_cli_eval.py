@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -12,10 +13,12 @@ import saert._cli_eval_run as work
 from saert.cli import app
 from saert.hub import bundled
 from saert.measure.downstream import measure
+from saert.measure.report_plots import compared
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 SMALL = ["--rows", "3", "--context", "24", "--no-progress"]
+LAW = {"a": 1, "b": 2, "c": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,13 @@ def test_the_page_stands_alone_and_speaks(text, tmp_path):
         assert f"{sae['reconstruction']['fvu']:#.4g}" in html and sae["source"] in html
 
 
+def test_a_name_with_dollars_is_drawn_as_it_is():
+    names = ["./runs/$HOME$/a", "./runs/$x_{$/b", "a$b"]
+    svg = compared(names, [0.1, 0.2, 0.3], "FVU", "fvu")
+    drawn = unescape("".join(re.findall(r"<text[^>]*>(.*?)</text>", svg, re.S)))
+    assert all(name in drawn for name in names)
+
+
 def test_what_was_measured_is_not_measured_again(text, tmp_path, calls, no_page):
     command = ["--data", text, *SMALL, "-o", tmp_path]
     assert run("bundled:resid_post.2", *command).exit_code == 0
@@ -212,17 +222,26 @@ def test_a_tuned_model_and_compute(text, tmp_path):
         (["./no-such-sae"], "no such file or folder"),
         (["bundled:resid_post.2", "--data", "no-such.jsonl"], "no-such"),
         (["bundled:resid_post.2", "--context", "4096"], "holds"),
-        (["bundled:resid_post.2", "--scaling", "LAW"], "expected a, b, c"),
+        (["bundled:resid_post.2", "--scaling", {"slope": 1}], "expected a, b, c"),
+        (["bundled:resid_post.2", "--scaling", [1]], "expected a, b, c"),
+        (["bundled:resid_post.2", "--scaling", LAW | {"b": "1"}], 'b is "1", expected a number'),
+        (["bundled:resid_post.2", "--scaling", LAW | {"whole": [2]}], "whole is [2]"),
+        (
+            ["bundled:resid_post.2", "--scaling", {"compute": [1, None], "loss": [2, 3]}],
+            "compute is [1, null], expected a list of numbers",
+        ),
+        (["bundled:resid_post.2", "--scaling", {"compute": 1, "loss": [2]}], "compute is 1"),
     ],
 )
 def test_a_refusal_is_one_line_and_exit_code_2(arguments, message, text, tmp_path):
     law = tmp_path / "law.json"
-    law.write_text('{"slope": 1}')
-    given = [str(law) if a == "LAW" else a for a in arguments]
+    for content in (a for a in arguments if not isinstance(a, str)):
+        law.write_text(json.dumps(content))
+    given = [a if isinstance(a, str) else str(law) for a in arguments]
     data = [] if "--data" in given or "--context" in given else ["--data", text]
     found = run(*given, *data, *([] if "--context" in given else SMALL), "-o", tmp_path / "out")
     assert found.exit_code == 2, found.output
-    assert message in found.output and "Traceback" not in found.output
+    assert message in " ".join(found.output.split()) and "Traceback" not in found.output
     assert not (tmp_path / "out").exists()
 
 

@@ -239,6 +239,15 @@ def test_a_bfloat16_model_and_tokens_it_rules_out():
     assert math.isfinite(found.kl_spliced) and found.kl_spliced > 0
 
 
+def test_an_offloaded_model_has_the_same_losses():
+    accelerate = pytest.importorskip("accelerate")
+    away = accelerate.cpu_offload(tiny("gpt2").double(), execution_device=torch.device("cpu"))
+    found, want = (
+        downstream_report(m, a_case(), some_rows(), **QUIET) for m in (away, tiny("gpt2").double())
+    )
+    assert found == want
+
+
 def test_refusals(model):
     with pytest.raises(ValueError, match="2 tokens or more in each"):
         downstream_report(model, a_case(), some_rows(context=1), **QUIET)
@@ -249,6 +258,10 @@ def test_refusals(model):
     with pytest.raises(ValueError, match="no prediction is left"):  # a token here and there
         every_other = lambda r: (torch.arange(CONTEXT) % 2 == 0).expand_as(r)  # noqa: E731
         downstream_report(model, a_case(), some_rows(), padding=every_other, **QUIET)
+    with pytest.raises(ValueError, match="training mode"):
+        downstream_report(tiny("gpt2").train(), a_case(), some_rows(), **QUIET)
+    with attach(model, a_case(), splice=True), pytest.raises(ValueError, match="attached"):
+        downstream_report(model, a_case(), some_rows(), **QUIET)
     broken = tiny("gpt2").double()
     with torch.no_grad():
         broken.transformer.h[2].mlp.c_proj.bias[3] = math.nan  # after the SAE

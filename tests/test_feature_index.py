@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +22,7 @@ from saert.measure.features.cards import Examples
 from saert.measure.features.directions import Unembedding, unembedding
 from saert.measure.features.files import Damaged, read
 from saert.measure.features.vocabulary import vocabulary
+from saert.runtime import attach
 from saert.sae import SAE
 
 N, D, CONTEXT, AT = 40, 32, 12, "resid_post.1"
@@ -208,6 +210,68 @@ def test_a_torn_file_of_the_index_is_told_and_made_again(model, tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("torn", [0, 1])
+@pytest.mark.parametrize("stopped", [False, True, "shards"])
+def test_a_torn_file_beside_rows_that_end_inside_a_shard(
+    torn, stopped, model, tmp_path, monkeypatch
+):
+    """An intact file holds 7 rows, and shards would be of rows 0 to 3, 4 to 7, and so on."""
+    sae, rows = sae_of(dtype=torch.float32), text(13)
+    feature_index(model, sae, rows, tmp_path / "once", **OPTIONS)
+    folder = tmp_path / "torn"
+    feature_index(model, sae, rows[:7], folder, **OPTIONS)
+    file = sorted((folder / AT).glob("*.safetensors"))[torn]
+    file.write_bytes(file.read_bytes()[:-1])
+    if stopped:
+        apart = tmp_path / "apart" if stopped == "shards" else folder
+        with monkeypatch.context() as patch:
+            stop_at(patch, "merge", 1 if stopped == "shards" else 2)
+            with pytest.raises(KeyboardInterrupt):
+                feature_index(model, sae, rows, apart, **OPTIONS)
+        if stopped == "shards":  # of rows 4 to 7, too: it is of no use here
+            shutil.copytree(apart / AT / "saert" / "shards", folder / AT / "saert" / "shards")
+    index = feature_index(model, sae, rows, folder, **OPTIONS)
+    assert torch.equal(index.rows, rows)
+    assert contents(folder) == contents(tmp_path / "once")
+
+
+def test_a_shard_across_the_end_of_a_file_is_refused(model, tmp_path):
+    sae, rows = sae_of(), text(4)
+    index = feature_index(model, sae, rows[:3], tmp_path, **OPTIONS)
+    file = sorted(index.place.glob("*.safetensors"))[0]
+    before = file.read_bytes()
+    path = store.shard_path(index.place, 2, 4)
+    store.write_shard(path, rows[2:].numpy(), np.ones((2, CONTEXT), bool), [], N)
+    with pytest.raises(AssertionError, match="rows 2 to 3 do not follow its 3"):
+        store.merge(index.place, store.ranges(N, 3)[0], [(2, 4)])
+    assert file.read_bytes() == before
+
+
+def test_a_model_in_training_mode_or_with_saes_attached_is_refused(model, tmp_path):
+    sae, rows = sae_of(), text(2)
+    with pytest.raises(ValueError, match="training mode"):
+        feature_index(tiny("gpt2").train(), sae, rows, tmp_path, **OPTIONS)
+    with attach(model, sae), pytest.raises(ValueError, match="attached"):
+        feature_index(model, sae, rows, tmp_path, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_offloaded_model_makes_the_same_index_without_a_lens(model, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    sae, rows = sae_of(dtype=torch.float32), text(4)
+    whole = feature_index(model, sae, rows, tmp_path / "whole", **OPTIONS)
+    away = accelerate.cpu_offload(tiny("gpt2"), execution_device=torch.device("cpu"))
+    found = feature_index(away, sae, rows, tmp_path / "away", **OPTIONS)
+    assert torch.equal(found.counts, whole.counts) and torch.equal(found.largest, whole.largest)
+    assert "offloaded" in found.config["logit_lens"] and not found.card(0).promoted
+
+
+def test_labels_without_a_label(model, tmp_path):
+    known = {3: {"note": "x"}, 4: {"label": "dogs"}, 5: "cats", 6: None}
+    index = feature_index(model, sae_of(), text(2), tmp_path, labels=known, **OPTIONS)
+    assert index.labels == {4: "dogs", 5: "cats"} and index.card(3).label is None
+
+
 def test_a_folder_takes_no_other_model_sae_text_or_settings(model, tmp_path):
     sae, rows = sae_of(), text(5)
     tokenizer = byte_tokenizer()
@@ -235,7 +299,7 @@ def test_a_folder_takes_no_other_model_sae_text_or_settings(model, tmp_path):
             feature_index(**(given | change))
     assert contents(tmp_path) == before
     for bad in (rows[0], rows.float(), rows[:0]):
-        with pytest.raises(ValueError, match="expected int64"):
+        with pytest.raises((TypeError, ValueError), match="^rows are .*expected"):
             feature_index(**(given | dict(rows=bad)))
     with pytest.raises(ValueError, match="splits is 0"):
         feature_index(**(given | dict(splits=0)))
@@ -460,6 +524,10 @@ def test_opening_says_what_is_there(model, tmp_path):
         index.card(N)
     with pytest.raises(FileNotFoundError):
         FeatureIndex.open(tmp_path, "resid_post.2")
+    for name in (None, AT, "blocks.1.hook_resid_post"):  # the hookpoint's own folder
+        assert FeatureIndex.open(tmp_path / AT, name).place == tmp_path / AT
+    with pytest.raises(FileNotFoundError):
+        FeatureIndex.open(tmp_path / AT, "resid_post.0")
 
 
 def test_opening_and_one_card_read_no_whole_file(model, tmp_path):
@@ -509,7 +577,7 @@ def test_a_merge_in_small_pieces_and_of_many_rows(monkeypatch, tmp_path):
             entries = [(where[inside] - first * 2, latent[inside], values[inside])]
             path = store.shard_path(place, first, last)
             store.write_shard(path, tokens[first:last], used[first:last], entries, latents)
-            store.merge(place, at, [(first, path)])
+            store.merge(place, at, [(first, last)])
         got = load_file(place / at.name)
         assert got["locations"].dtype == np.uint32 and got["tokens"].dtype == np.int32
         sort = np.argsort(latent, kind="stable")

@@ -17,6 +17,7 @@ from saert.measure.reconstruction import (
     reconstruction_report,
     reconstruction_reports,
 )
+from saert.runtime import attach
 from saert.sae import SAE
 
 CONTEXT = 40
@@ -207,6 +208,28 @@ def test_other_refusals(model):
         report(model, sae_cases.make(), rows)
     with pytest.raises(ValueError, match="training mode"):
         report(tiny("gpt2").train(), eye(), rows)
+    with attach(model, eye()), pytest.raises(ValueError, match="attached"):
+        report(model, eye(), rows)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gptj", "opt"])
+def test_rows_longer_than_a_table_of_positions_are_refused(name):
+    model = tiny(name)
+    with pytest.raises(ValueError, match="129 tokens long, .* a table of 128 positions"):
+        report(model, eye(), some_rows(1, 129))
+    assert report(model, eye(), some_rows(1, 128)).tokens == 128
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon_new", "bloom", "mamba"])
+def test_models_without_a_table_go_further(name):
+    assert report(tiny(name), eye(), some_rows(1, 129)).tokens == 129
+
+
+def test_an_offloaded_model_is_measured_as_it_would_be_here(model):
+    accelerate = pytest.importorskip("accelerate")
+    away = accelerate.cpu_offload(tiny("gpt2"), execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in away.parameters())
+    assert report(away, eye(), some_rows()) == report(tiny("gpt2"), eye(), some_rows())
 
 
 def test_nan_in_the_model_is_refused():

@@ -23,6 +23,7 @@ from saert.kernels.decode import gather_dot
 from saert.kernels.numerics import no_autocast
 from saert.measure.metric import Inputs, Metric
 from saert.measure.nodes import Call, Move, Site, evaluating, move, sites_of
+from saert.measure.passes import check_ready
 from saert.measure.progress import tracked
 from saert.sae import SAE
 from saert.sparse import SparseCode
@@ -166,6 +167,7 @@ def attribute(
             f"expected the inputs' {list(clean.real.shape)}, and padding where they have it"
         )
     with evaluating(model):
+        check_ready(model)
         places = [place for site in sites for place in (site.read, site.at)]
         patched = None if other is None else other.states(places)
         seen, gradients, value = clean.gradients(sites, metric)

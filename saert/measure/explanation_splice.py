@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from saert.hooks import device_of
 from saert.measure.explaining import behind
 from saert.measure.explanations import Explanations
-from saert.measure.passes import Special, masked, sites
+from saert.measure.passes import Special, check_ready, masked, sites
 from saert.measure.progress import tracked
 from saert.measure.reconstruction import Unexplained
 from saert.measure.splices import Effect, Pass
@@ -113,10 +114,11 @@ def explanation_loss(
         )
     if rows.dim() != 2 or rows.shape[1] < 2:
         raise ValueError(f"rows are {list(rows.shape)}, expected [rows, context], 2 tokens or more")
+    check_ready(model)
     left_out = behind(special, int(explanations.settings["bos"] is not None))
     chosen = torch.zeros(sae.num_latents, dtype=torch.bool)
     chosen[explanations.latents] = True
-    device = next(model.parameters()).device
+    device = device_of(model)
     read, write = sites(sae)
     whole = ((0, rows.shape[1]),)
     bare, effects = Effect(whole), {name: Effect(whole) for name in KINDS}
@@ -133,7 +135,8 @@ def explanation_loss(
         for name, variant in _codes(code, predicted, chosen.to(sae.device), others).items():
             new = sae.decode(variant, x)
             errors[name].add(y[used], new[used])
-            new = torch.where(used.unsqueeze(-1), new.to(y.dtype), y).to(device)
+            new = torch.where(used.unsqueeze(-1), new.to(y.dtype), y)
+            new = new.to(now.hidden[write].device)
             now.replace(effects[name], write, new)
     count = bare.sums[0, 0].item()
     if not count:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from saert.capture import capture
+from saert.hooks import device_of
 from saert.measure.n2g import ANY, Pattern
-from saert.measure.passes import sites
+from saert.measure.passes import check_ready, sites
 from saert.sae import SAE
 
 Tokens = tuple[int, ...]
@@ -110,8 +111,9 @@ class Probe:
 
     def __init__(self, model: Any, sae: SAE, before: Tokens = (), tokens: int = 2048) -> None:
         self.model, self.sae, self.before, self.tokens = model, sae, before, tokens
+        check_ready(model)
         self.read, _ = sites(sae)
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
 
     def __call__(self, sequences: Sequence[Tokens], latents: Sequence[int]) -> list[float]:
         askers: dict[Tokens, list[int]] = defaultdict(list)

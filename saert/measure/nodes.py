@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from saert.compat import check_model
 from saert.hookpoint import Hookpoint, unwrap
-from saert.hooks import Act, hooked
+from saert.hooks import Act, device_of, hooked
 from saert.kernels.decode import sparse_decode
 from saert.kernels.numerics import accumulation_dtype, no_autocast
 from saert.measure.metric import Inputs, Metric, tokens_of
@@ -89,7 +89,7 @@ class Call:
         takes = inspect.signature(unwrap(model)[1].forward).parameters
         if not bool(real[:, 0].all()) and "position_ids" in takes:
             given.setdefault("position_ids", (real.long().cumsum(-1) - 1).clamp_min(0))
-        device = next(model.parameters()).device
+        device = device_of(model)
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
         return cls(model, {"use_cache": False} | moved, real.to(device))
 

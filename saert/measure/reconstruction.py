@@ -9,6 +9,7 @@ the same numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saert.capture import capture
-from saert.measure.passes import Special, sites
+from saert.hooks import device_of
+from saert.measure.passes import Special, check_ready, sites
 from saert.measure.progress import tracked
 from saert.sae import SAE
 from saert.sparse import SparseCode
@@ -220,7 +222,7 @@ def reconstruction_reports(
     rows = check_rows(model, rows)
     found = [Reconstruction(sae, position_buckets(rows.shape[1], buckets)) for sae in saes]
     places = list(dict.fromkeys(place for sae in saes for place in sites(sae)))
-    device = next(model.parameters()).device
+    device = device_of(model)
     for part in tracked(rows.split(batch), "reconstructing", progress):
         used, positions = kept(part, special)
         hidden = capture(model, part.to(device), places, batch=len(part))
@@ -248,9 +250,26 @@ def check_rows(model: Any, rows: Tensor, context: int = 1) -> Tensor:
             f"rows hold the token id {wrong}, but the model knows 0 to {size - 1}; were they made "
             "with its tokenizer?"
         )
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout is on: call model.eval()")
+    if rows.shape[1] > (most := positions_of(model)):
+        raise ValueError(
+            f"rows are {rows.shape[1]} tokens long, but the model has a table of {most} positions: "
+            "make them shorter"
+        )
+    check_ready(model)
     return rows.long()
+
+
+def positions_of(model: Any) -> float:
+    """The longest row that a model with a table of positions takes; inf where it has none (rotary
+    models go beyond the context that they were trained on)."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most: int | None = getattr(text, "max_position_embeddings", None)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        table = tensor.dim() == 2 and ("position" in name or "wpe" in name)
+        if most and table and most <= len(tensor) < most + 8:  # OPT's begins with two for padding
+            return most
+    return math.inf
 
 
 def position_buckets(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saert.hookpoint import Hookpoint
-from saert.hooks import hooked
+from saert.hooks import device_of, hooked
 from saert.measure.passes import Special, sites
 from saert.measure.progress import tracked
 from saert.measure.reconstruction import Reconstruction, check_rows, kept
@@ -89,7 +89,7 @@ def refinement_report(
     """
     rows = check_rows(model, rows, context=2)
     read, write = sites(sae)
-    device = next(model.parameters()).device
+    device = device_of(model)
     whole = [(0, rows.shape[1])]
     before, after = Reconstruction(sae, whole), Reconstruction(sae, whole)
     losses = torch.zeros(3, 2, dtype=torch.float64)  # bare, spliced, refined: cross-entropy and KL
@@ -108,7 +108,7 @@ def refinement_report(
             estimate = sae.decode(one, x)
             seen.add(y, estimate, one, positions.to(sae.device))
             state = hidden[write]
-            new = state.masked_scatter(mask, estimate.to(device, state.dtype))
+            new = state.masked_scatter(mask.to(state.device), estimate.to(state))
             with hooked(model, write, lambda old, new=new: new.view_as(old)):  # type: ignore[misc]
                 losses[i + 1] += _losses(clean, model(ids, use_cache=False).logits, ids)
             strengths[i] += strength(sae, one).cpu().double().sum()

@@ -79,7 +79,7 @@ def compared(names: Sequence[str], values: Sequence[float | None], label: str, n
     """One number of several SAEs, one bar each."""
     figure, axes = _axes(label, "", height=0.7 + 0.34 * len(names))
     axes.barh(range(len(names)), [v or 0 for v in values], color=ACCENT, height=0.7)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names, parse_math=False)  # a $ in a path is a $
     axes.invert_yaxis()
     axes.xaxis.get_major_locator().set_params(nbins=5)
     axes.axvline(0, color=INK, lw=0.8)

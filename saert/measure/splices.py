@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saert.capture import capture
 from saert.hookpoint import Hookpoint
-from saert.hooks import hooked
+from saert.hooks import device_of, hooked
 from saert.kernels.numerics import accumulation_dtype
 from saert.measure.passes import Special, sites
 from saert.measure.progress import tracked
@@ -90,7 +90,7 @@ def splices(
         base = bases[sites(sae)[1]]
         new = Reconstruction(sae, spans), clean, Effect(spans), base["zero"], base.get("mean")
         found.append(Outcome(*new))
-    device = next(model.parameters()).device
+    device = device_of(model)
     for part in tracked(rows.split(rows_at_once(model, rows, batch)), "splicing", progress):
         used, positions = kept(part, either(special, padding))
         now = Pass(model, part.to(device), _scored(part, padding), places)
@@ -103,14 +103,15 @@ def splices(
             one.reconstruction.add(y, estimate, code, positions.to(sae.device))
             write = sites(sae)[1]
             state = now.hidden[write]
-            new_state = state.masked_scatter(mask, estimate.to(device, state.dtype))
+            new_state = state.masked_scatter(mask.to(state.device), estimate.to(state))
             now.replace(one.spliced, write, new_state)
         for place, effects in bases.items():
             state = now.hidden[place]
-            now.replace(effects["zero"], place, state.masked_fill(mask, 0))
+            here = mask.to(state.device)
+            now.replace(effects["zero"], place, state.masked_fill(here, 0))
             if means is not None:
-                mean = means[place].to(state.dtype).to(device)
-                now.replace(effects["mean"], place, torch.where(mask, mean, state))
+                mean = means[place].to(state.dtype).to(state.device)
+                now.replace(effects["mean"], place, torch.where(here, mean, state))
     return found
 
 
@@ -173,7 +174,7 @@ def mean_states(
 
     Raises ValueError if every token is special."""
     rows = check_rows(model, rows)
-    device = next(model.parameters()).device
+    device = device_of(model)
     sums, count = dict.fromkeys(places, torch.zeros((), dtype=torch.float64)), 0
     for part in tracked(rows.split(batch), "mean activations", progress):
         used, _ = kept(part, special)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from saert.measure.features.store import (
 from saert.measure.features.vocabulary import vocabulary
 from saert.measure.passes import Special, encoded, sites
 from saert.measure.progress import tracked
+from saert.measure.reconstruction import check_rows
 from saert.sae import SAE
 
 VERSION = 1
@@ -85,20 +87,18 @@ def feature_index(
     Activations are stored in float16, as delphi does, but in float32 where one of a file's
     exceeds 65,504; those below 3e-8 round to zero and count as silent.
 
-    Raises ValueError if the folder holds another model, SAE, tokenizer, division, or other rows.
+    Raises ValueError if the folder holds another model, SAE, tokenizer, division, or other rows,
+    or if the model is in training mode or has SAEs attached; TypeError or ValueError for rows that
+    are no token ids of it.
 
     >>> index = feature_index(model, sae, rows, "features", tokenizer=tokenizer)
     >>> index.card(17).top[0].strings
     """
     read_at, write_at = sites(sae)
-    if rows.dim() != 2 or not rows.numel() or rows.dtype.is_floating_point:
-        raise ValueError(
-            f"rows are {list(rows.shape)} {rows.dtype}, expected int64 [rows, context]"
-        )
     for name, value in (("splits", splits), ("shard_tokens", shard_tokens), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
-    rows = rows.cpu()
+    rows = check_rows(model, rows).cpu()
     place = Path(folder) / str(read_at)
     strings = None if tokenizer is None else vocabulary(tokenizer)
     identity: dict[str, Any] = {
@@ -112,7 +112,7 @@ def feature_index(
     tokens = rows.numpy().astype(np.int32)
     used = np.ones(tokens.shape, bool) if special is None else ~special(rows).cpu().numpy()
     config = _claim(place, identity, strings)
-    done = _held(place, files, tokens, used)
+    held = _held(place, files, tokens, used)
     through = unembedding(model, write_at, sae.d_out)
     config |= {
         # what delphi reads and what it calls it (delphi/config.py, CacheConfig)
@@ -129,9 +129,9 @@ def feature_index(
         write_json(place / OURS / "labels.json", {str(i): what for i, what in labels.items()})
 
     _directions(sae, through, place, files, logits, near, progress)
-    if done < len(tokens):
+    if held[0] < len(tokens):
         size = max(1, shard_tokens // (tokens.shape[1] * batch)) * batch
-        shards = _plan(place, tokens, used, done, size)
+        shards = _plan(place, tokens, used, held, size)
         todo = [shard for shard, ready in shards.items() if not ready]
         cells = [(shard, cell) for shard in todo for cell in _cells(shard, batch)]
         entries = []
@@ -141,9 +141,8 @@ def feature_index(
                 path = shard_path(place, first, last)
                 write_shard(path, tokens[first:last], used[first:last], entries, sae.num_latents)
                 entries = []
-        parts = [(first, shard_path(place, first, last)) for first, last in shards]
         for at in tracked(files, "Sorting by latent", progress):
-            merge(place, at, parts)
+            merge(place, at, list(shards))
     shutil.rmtree(place / OURS / "shards", ignore_errors=True)
     return FeatureIndex.open(place)
 
@@ -172,13 +171,14 @@ def _claim(place: Path, identity: dict[str, Any], strings: list[str] | None) -> 
     return {"saert": held | {"tokenizer": tokenizer or kept}}
 
 
-def _held(place: Path, files: list[Range], tokens: Rows, used: NDArray[np.bool_]) -> int:
-    """Rows that every file holds already; a torn or missing file holds none."""
-    held = [len(tokens)]
+def _held(place: Path, files: list[Range], tokens: Rows, used: NDArray[np.bool_]) -> list[int]:
+    """How many rows the files hold, each number once, fewest first; a torn or missing file holds
+    none."""
+    held = set[int]()
     for at in files:
         arrays = intact(place / at.name)
         n = 0 if arrays is None else len(arrays["tokens"])
-        held.append(n)
+        held.add(n)
         if arrays is None:
             continue
         if n > len(tokens) or not np.array_equal(arrays["tokens"], tokens[:n]):
@@ -191,14 +191,15 @@ def _held(place: Path, files: list[Range], tokens: Rows, used: NDArray[np.bool_]
                 f"{place} was made with another `special`: other positions of its rows were left "
                 "out; give the same one, or choose another folder"
             )
-    return min(held)
+    return sorted(held)
 
 
 def _plan(
-    place: Path, tokens: Rows, used: NDArray[np.bool_], done: int, size: int
+    place: Path, tokens: Rows, used: NDArray[np.bool_], held: list[int], size: int
 ) -> dict[tuple[int, int], bool]:
-    """Shards (first and last row, in order) that lead from row `done` to the end, and whether each
-    lies on the disk, whole and of these rows. The others end at multiples of `size`."""
+    """Shards (first and last row, in order) that lead from row held[0] to the end, and whether each
+    lies on the disk, whole and of these rows. The others end at multiples of `size`. None goes
+    across a number in `held`, so that a file of the index lacks the whole of a shard or nothing."""
     found: dict[int, list[int]] = {}
     for path in sorted((place / OURS / "shards").glob("[0-9]*.safetensors")):
         first, last = map(int, path.stem.split("_"))
@@ -211,11 +212,12 @@ def _plan(
         ):
             found.setdefault(first, []).append(last)
     plan: dict[tuple[int, int], bool] = {}
-    while done < len(tokens):
-        ready = done in found
-        last = max(found[done]) if ready else min((done // size + 1) * size, len(tokens))
-        plan[done, last] = ready
-        done = last
+    for done, end in pairwise(sorted({*held, len(tokens)})):
+        while done < end:
+            ready = [last for last in found.get(done, ()) if last <= end]
+            last = max(ready, default=min((done // size + 1) * size, end))
+            plan[done, last] = bool(ready)
+            done = last
     return plan
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from saert.architecture import blocks, unwrap
 from saert.hookpoint import Hookpoint, HookpointError
+from saert.hooks import device_of
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 WORK = 2**23  # elements of a block of logits or of cosines
@@ -48,6 +49,8 @@ def unembedding(model: Any, write: Hookpoint, d_out: int) -> Unembedding | str:
     weight = getattr(head, "weight", None)
     if weight is None or weight.dim() != 2:
         return f"{type(model).__name__} has no unembedding matrix"
+    if weight.is_meta:
+        return "the unembedding is offloaded"
     if weight.shape[1] != d_out:
         return f"the SAE writes width {d_out}, the unembedding reads {weight.shape[1]}"
     found = _final_norm(model, head)
@@ -85,7 +88,7 @@ def _final_norm(model: Any, head: nn.Module) -> tuple[Tensor, bool] | str:
     handles.append(head.register_forward_pre_hook(keep))
     try:
         padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-        token = torch.tensor([[int(padding == 0)]], device=next(model.parameters()).device)
+        token = torch.tensor([[int(padding == 0)]], device=device_of(model))
         model(token, use_cache=False)
     finally:
         for handle in handles:
@@ -106,7 +109,7 @@ def _final_norm(model: Any, head: nn.Module) -> tuple[Tensor, bool] | str:
 def _affine_norm(norm: nn.Module, width: int) -> tuple[Tensor, bool] | None:
     """(weight, centres) of a norm, read off what it does, and checked on another input."""
     norm = copy.deepcopy(norm).float()
-    device = next((p.device for p in norm.parameters()), torch.device("cpu"))
+    device = device_of(norm)
     x = torch.ones(width, device=device)  # mean 0 and nowhere 0; ±1 but for odd widths
     x[1::2] = -1
     if width % 2:

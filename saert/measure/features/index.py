@@ -81,14 +81,15 @@ class FeatureIndex:
 
     @classmethod
     def open(cls, folder: str | Path, hookpoint: str | None = None) -> FeatureIndex:
-        """The index in a folder; with several hookpoints in it, say which.
+        """The index in a folder, or a hookpoint's own folder; with several in it, say which.
 
         Raises FileNotFoundError if there is none, ValueError if it is not finished.
         """
         folder = Path(folder)
-        places = [folder] if hookpoint is None and (folder / "config.json").is_file() else []
+        name = "*" if hookpoint is None else str(Hookpoint.parse(hookpoint))
+        own = folder / "config.json"
+        places = [folder] if own.is_file() and name in ("*", _hookpoint(own)) else []
         if not places:
-            name = "*" if hookpoint is None else str(Hookpoint.parse(hookpoint))
             places = [path.parent for path in sorted(folder.glob(f"{name}/config.json"))]
         if not places:
             there = [path.name for path in folder.iterdir()] if folder.is_dir() else "no folder"
@@ -128,8 +129,8 @@ class FeatureIndex:
         """What latents stand for, as far as feature_index was told."""
         file = self.place / OURS / "labels.json"
         known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        plain = {int(i): one["label"] if isinstance(one, dict) else one for i, one in known.items()}
-        return {i: str(label) for i, label in plain.items()}
+        plain = {i: one.get("label") if isinstance(one, dict) else one for i, one in known.items()}
+        return {int(i): str(label) for i, label in plain.items() if label is not None}
 
     @cached_property
     def vocabulary(self) -> list[str]:
@@ -311,3 +312,9 @@ class FeatureIndex:
     def _sums(self) -> Tensor:
         sums = [arrays["moments"][:, 0] for arrays in self._files]
         return torch.from_numpy(np.concatenate(sums))
+
+
+def _hookpoint(config: Path) -> str | None:
+    """Of which hookpoint an index is, by its `config.json`; None if saert did not make it."""
+    about = json.loads(config.read_text("utf-8")).get("saert", {})
+    return str(about["sae"]["hookpoint"]) if about else None

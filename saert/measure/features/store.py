@@ -120,8 +120,9 @@ class _Source(NamedTuple):
         return bool(part.size and part.max() > HALF_MAX)
 
 
-def merge(place: Path, at: Range, shards: Sequence[tuple[int, Path]]) -> None:
-    """Add shards (first row, file), in order, to a range. Rows that it holds already are left out.
+def merge(place: Path, at: Range, shards: Sequence[tuple[int, int]]) -> None:
+    """Add shards (first and last row), in order, to a range that holds none or all of the rows of
+    each; those that it holds are left out.
 
     The memory this takes does not grow with the index.
     """
@@ -129,14 +130,16 @@ def merge(place: Path, at: Range, shards: Sequence[tuple[int, Path]]) -> None:
     old = intact(path)
     held = 0 if old is None else len(old["tokens"])
     sources = [] if old is None else [_Source(old, old["offsets"], 0)]
-    for first, shard in shards:
-        if first >= held:
-            arrays = read(shard)
+    rows = held
+    for first, last in shards:
+        if last > held:
+            assert first == rows, f"{path}: rows {first} to {last - 1} do not follow its {rows}"
+            arrays = read(shard_path(place, first, last))
             sources.append(_Source(arrays, arrays["offsets"][at.start : at.stop + 1], first))
-    if old is not None and len(sources) == 1:
+            rows = last
+    if rows == held:
         return
     latents = at.stop - at.start
-    rows = sum(len(source.arrays["tokens"]) for source in sources)
     context = sources[0].arrays["tokens"].shape[1]
     offsets = np.zeros(latents + 1, np.int64)
     np.cumsum(sum(np.diff(source.offsets) for source in sources), out=offsets[1:])

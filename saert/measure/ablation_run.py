@@ -33,7 +33,7 @@ class Pairs:
     latents: Tensor
     values: Tensor
 
-    def __getitem__(self, which: Tensor) -> Pairs:
+    def __getitem__(self, which: Tensor | slice) -> Pairs:
         return Pairs(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ def measure(
             kind = type(run)
             done = 0
             for part in _batches(pairs, batch_size or _batch_size(model, run, horizon)):
-                found = _ablate(run, part, change(part), horizon, top)
+                found = _ablate(run, part, change, horizon, top)
                 row = torch.tensor(rows)[found.rows]
                 tables.append(AblationEffects(**vars(found) | {"rows": row}))
                 done += len(part)
@@ -119,25 +119,28 @@ def _batch_size(model: Any, run: Runner, horizon: int) -> int:
     return max(1, min(128, BATCH_BYTES // int(logits + keys)))
 
 
-def _ablate(run: Runner, pairs: Pairs, change: Tensor, horizon: int, top: int) -> AblationEffects:
+def _ablate(
+    run: Runner, pairs: Pairs, change: Callable[[Pairs], Tensor], horizon: int, top: int
+) -> AblationEffects:
     """Ablations of one position. Every row's prediction without one comes from the same batch, so
     that both have the same rounding."""
     position = int(pairs.positions[0])
     tokens = run.ids.shape[1]
     length = min(horizon, tokens - position)
     device = run.ids.device
+    pairs = pairs[pairs.rows.argsort(stable=True)]
     rows = pairs.rows.to(device)
-    plain = rows.unique()
-    change = change.to(device)
-    nothing = change.new_zeros(len(plain), change.shape[1])
-    logits = run.logits(torch.cat([plain, rows]), position, torch.cat([nothing, change]), length)
+    plain, counts = rows.unique(return_counts=True)  # in ascending order, as the rows now are
+    changes = change(pairs).to(device)
+    nothing = changes.new_zeros(len(plain), changes.shape[1])
+    logits = run.logits(torch.cat([plain, rows]), position, torch.cat([nothing, changes]), length)
     following = torch.nn.functional.pad(run.ids, (0, 1), value=-1)
     following = following[:, position + 1 : position + 1 + length]
-    parts = []
-    for i, row in enumerate(plain.tolist()):
-        mine = rows == row
+    parts, begin = [], 0
+    for i, (row, count) in enumerate(zip(plain.tolist(), counts.tolist(), strict=True)):
+        mine = slice(begin, begin := begin + count)  # a view: these logits are large
         found = effects(logits[i], logits[len(plain) :][mine], following[row], top)
-        ours = pairs[mine.to(pairs.rows.device)]
+        ours = pairs[mine]
         parts.append(
             AblationEffects(
                 rows=ours.rows.cpu(),

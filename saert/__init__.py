@@ -10,12 +10,17 @@ from saert.edits import ablate, active, add, add_vector, clamp, scale
 from saert.hookpoint import Hookpoint, HookpointError, Location
 from saert.hub.format import FormatError, save
 from saert.hub.load import load, load_all
+from saert.measure.ablation import ablation_effects
+from saert.measure.ablation_table import AblationEffects
+from saert.measure.attribution import attribute
 from saert.record import SAEReport
+from saert.refine import Refinement, refine
 from saert.runtime import Attachment, attach
 from saert.sae import SAE
 from saert.sparse import SparseCode
 
 __all__ = [
+    "AblationEffects",
     "SAE",
     "Activation",
     "Attachment",
@@ -27,17 +32,21 @@ __all__ = [
     "JumpReLU",
     "Location",
     "ReLU",
+    "Refinement",
     "SAEReport",
     "SparseCode",
     "TopK",
     "ablate",
+    "ablation_effects",
     "active",
     "add",
     "add_vector",
     "attach",
+    "attribute",
     "clamp",
     "load",
     "load_all",
+    "refine",
     "save",
     "scale",
 ]

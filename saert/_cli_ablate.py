@@ -144,9 +144,15 @@ def ablate(
         settings = {
             "model": model_identity(session.model, sae) | {"source": session.name},
             "sae": sae_identity(sae) | {"source": one.source},
-            "latents": latents, "positions": positions, "horizon": horizon, "keep_error": keep_error, "channels": channels, "random": random,
+            "latents": latents,
+            "positions": positions,
+            "horizon": horizon,
+            "keep_error": keep_error,
+            "channels": channels,
+            "random": random,
             "ids": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
-        }  # fmt: skip
+        }
+        shown = progress and not as_json
         found = {
             name: _by_rows(
                 run, ids, _kept(out, settings, name), horizon, name, progress and not as_json

@@ -1,4 +1,6 @@
-"""The command line: `saert demo`, `generate`, `features`, `info`, `train`, `scale`.
+"""The command line: `saert demo`, `generate`, `features`, `info`, `train`, `scale`, `eval`,
+`explain`, `index`, `card`, `probe`, `compare`,
+`refine`.
 
 Commands read options, call `_cli_run`, and print: tables for people, or one JSON object with
 `--json` and nothing else on standard output. What the user can put right is one line on standard
@@ -13,10 +15,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+import saert._cli_ablate as ablating
+import saert._cli_compare as comparing
+import saert._cli_eval as evaluation
+import saert._cli_explain as explaining
+import saert._cli_index as indexing
+import saert._cli_probe as probing
+import saert._cli_refine as refining
 import saert._cli_run as run
 import saert._cli_train as training
 import saert._cli_view as view
 from saert._cli_io import print_json, user_errors
+from saert._cli_options import At, Device, Json, Model, Sae, Strict
 from saert._cli_session import (
     BUNDLED,
     Loaded,
@@ -53,28 +63,6 @@ class Phase(StrEnum):
 
 
 Prompt = Annotated[str, typer.Argument(help="The text to continue or to look at.")]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help="A Hub id, a local folder, or 'bundled'.", metavar="MODEL"),
-]
-Sae = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--sae",
-        "-s",
-        help="A Hub id or folder, with :PATH inside it, or bundled:PATH. May be repeated.",
-        metavar="SOURCE",
-    ),
-]
-At = Annotated[
-    str | None,
-    typer.Option("--hookpoint", help="Where the SAE reads, if it does not say.", metavar="NAME"),
-]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …, or auto.")]
-Strict = Annotated[
-    bool, typer.Option("--strict/--no-strict", help="Refuse an SAE made for another model.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Tokens = Annotated[int, typer.Option("--tokens", "-n", min=1, help="How many tokens to generate.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same draws for every run; see --sample.")]
 Sample = Annotated[
@@ -286,6 +274,65 @@ app.command(
         "saert scale gpt2 --recipe gpt2-small --num-latents 2048,8192,32768 -k 16,32,64",
     )
 )(training.scale)
+
+app.command(
+    epilog=examples(
+        "saert ablate --prompt 'Once upon a time there was a dog' --positions -1",
+        "saert ablate bundled:resid_post.2 --rows 8 --latents attributed:50 --channels 32",
+        "saert ablate USER/SAES:resid_post.8 -m gpt2 --data 'text/*.txt' --out effects",
+    )
+)(ablating.ablate)
+
+app.command(
+    epilog=examples(
+        "saert explain bundled:resid_post.2 --latent 71 --latent 546",
+        "saert explain --latents 100 --data stories.jsonl --rows 512 --out n2g.jsonl",
+        "saert explain --latents all --data stories.jsonl --out n2g.jsonl --reconstruction",
+    )
+)(explaining.explain)
+
+app.command(
+    epilog=examples(
+        "saert index bundled:resid_post.2 --data stories.jsonl --rows 20000",
+        "saert index USER/SAES:resid_post.8 -m gpt2 --data 'text/*.parquet' --export neuronpedia",
+    )
+)(indexing.index)
+
+app.command(epilog=examples("saert card features 71 546", "saert card features --text park"))(
+    indexing.card
+)
+
+app.command(
+    epilog=examples(
+        "saert refine bundled:resid_post.2 --data stories.jsonl",
+        "saert refine USER/SAES:resid_post.8 -m gpt2 --data 'text/*.txt' --rows 200 --json",
+    )
+)(refining.refine)
+
+app.command(
+    "eval",
+    epilog=examples(
+        "saert eval",
+        "saert eval bundled:resid_post.2 --data stories.jsonl --rows 200",
+        "saert eval USER/SAES:resid_post.8 -m gpt2 --data 'text/*.parquet' --context 1024",
+        "saert eval USER/SAES:L15 -m BASE --tuned BASE-instruct --data chats.jsonl",
+    ),
+)(evaluation.evaluate)
+
+app.command(
+    epilog=examples(
+        "saert probe suite.toml",
+        "saert probe suite.toml --data FOLDER --sae bundled:resid_post.2 --out probes",
+        "saert probe suite.toml -m gpt2 -s USER/SAES:resid_post.8 --k 1,5,20 --json",
+    )
+)(probing.probe)
+
+app.command(
+    epilog=examples(
+        "saert compare bundled:resid_post.1 bundled:resid_post.2",
+        "saert compare runs/seed0/saes:resid_post.6 runs/seed1/saes:resid_post.6",
+    )
+)(comparing.compare)
 
 
 @app.command(

@@ -16,8 +16,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = {
     page: re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S) for page in PAGES
 }
-MODULES = ("activations", "edits", "hookpoint", "runtime", "sae", "sparse", "transforms")
+MODULES = ("activations", "edits", "hookpoint", "refine", "runtime", "sae", "sparse", "transforms")
 MODULES += ("hub.load", "hub.format")
+MODULES += ("measure.compute", "measure.reconstruction")
+MODULES += ("measure.attribution", "measure.metric", "measure.agreement")
+MODULES += ("measure.ablation", "measure.n2g")
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ from saert.activations import TopK  # noqa: E402
 from saert.capture import capture  # noqa: E402
 from saert.hooks import hooked  # noqa: E402
 from saert.hub import bundled  # noqa: E402
-from saert.measure.ablation import ablation_effects, direction_effects  # noqa: E402
-from saert.measure.effects import effects  # noqa: E402
+from saert.measure.ablation.ablate import ablation_effects, direction_effects  # noqa: E402
+from saert.measure.ablation.effects import effects  # noqa: E402
 from saert.sae import SAE  # noqa: E402
 from saert.train.rows import heldout_rows  # noqa: E402
 from saert.train.text import DataConfig  # noqa: E402

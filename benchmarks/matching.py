@@ -27,7 +27,7 @@ import torch  # noqa: E402
 import typer  # noqa: E402
 from scipy.optimize import linear_sum_assignment  # noqa: E402
 
-from saert.measure.assignment import match  # noqa: E402
+from saert.measure.matching.assignment import match  # noqa: E402
 
 HERE = Path(__file__).parent
 

@@ -35,7 +35,7 @@ from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from saert.capture import capture  # noqa: E402
-from saert.measure.evaluate import evaluate  # noqa: E402
+from saert.measure.reports.evaluate import evaluate  # noqa: E402
 from saert.sae import SAE  # noqa: E402
 from saert.train.config import from_table  # noqa: E402
 from saert.train.objectives import OBJECTIVES  # noqa: E402

@@ -32,8 +32,8 @@ import typer  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 
 from saert.hub import bundled  # noqa: E402
-from saert.measure.probes import Columns, fit_latents  # noqa: E402
-from saert.measure.suites import probe_suite, read_suite  # noqa: E402
+from saert.measure.probes.newton import Columns, fit_latents  # noqa: E402
+from saert.measure.probes.suites import probe_suite, read_suite  # noqa: E402
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "probes.md"

@@ -29,7 +29,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from saert.measure.refinement import refinement_report  # noqa: E402
+from saert.measure.reports.refinement import refinement_report  # noqa: E402
 from saert.train.config import from_table  # noqa: E402
 from saert.train.objectives import OBJECTIVES  # noqa: E402
 from saert.train.objectives.base import Objective  # noqa: E402

@@ -46,7 +46,7 @@ from benchmarks._train_peers import LIBRARIES, Library, Task, Trained  # noqa: E
 from benchmarks.kernels import device_name, versions  # noqa: E402
 from saert.capture import capture  # noqa: E402
 from saert.hookpoint import Hookpoint  # noqa: E402
-from saert.measure.reconstruction import Unexplained  # noqa: E402
+from saert.measure.reports.reconstruction import Unexplained  # noqa: E402
 from saert.train.config import (  # noqa: E402
     EvaluationConfig,
     ModelConfig,

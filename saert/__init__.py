@@ -10,9 +10,9 @@ from saert.edits import ablate, active, add, add_vector, clamp, scale
 from saert.hookpoint import Hookpoint, HookpointError, Location
 from saert.hub.format import FormatError, save
 from saert.hub.load import load, load_all
-from saert.measure.ablation import ablation_effects
-from saert.measure.ablation_table import AblationEffects
-from saert.measure.attribution import attribute
+from saert.measure.ablation.ablate import ablation_effects
+from saert.measure.ablation.table import AblationEffects
+from saert.measure.attribution.attribute import attribute
 from saert.record import SAEReport
 from saert.refine import Refinement, refine
 from saert.runtime import Attachment, attach

@@ -31,10 +31,10 @@ from saert._cli_options import (
 )
 from saert._cli_session import Session, UserError, open_session, read_positions
 from saert._cli_text import read_text
-from saert.measure.ablation import ablation_effects, direction_effects
-from saert.measure.ablation_run import NothingToAblate
-from saert.measure.ablation_table import AblationEffects
-from saert.measure.features.identity import differences, model_identity, sae_identity
+from saert.measure.ablation.ablate import ablation_effects, direction_effects
+from saert.measure.ablation.run import NothingToAblate
+from saert.measure.ablation.table import AblationEffects
+from saert.measure.identity import differences, model_identity, sae_identity
 from saert.measure.passes import sites
 from saert.measure.progress import tracked
 
@@ -154,9 +154,7 @@ def ablate(
         }
         shown = progress and not as_json
         found = {
-            name: _by_rows(
-                run, ids, _kept(out, settings, name), horizon, name, progress and not as_json
-            )
+            name: _by_rows(run, ids, _kept(out, settings, name), horizon, name, shown)
             for name, run in wanted.items()
         }
         if out is not None:

@@ -14,7 +14,7 @@ from rich.text import Text
 from saert._cli_io import print_json, user_errors
 from saert._cli_options import Json, Progress
 from saert._cli_session import Loaded, UserError, load_sae
-from saert.measure.consistency import Consistency, Pair, consistency, feature_splitting
+from saert.measure.matching.consistency import Consistency, Pair, consistency, feature_splitting
 
 BAR = 40
 """Characters of the longest bar of a histogram."""

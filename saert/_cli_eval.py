@@ -16,7 +16,7 @@ from saert._cli_options import At, Batch, Context, Data, Device, Json, Model, Pr
 from saert._cli_session import BUNDLED, load_model, open_session
 from saert._cli_text import read_text
 from saert.hub import bundled
-from saert.measure.report_html import require
+from saert.measure.reports.html import require
 
 Option = typer.Option
 

@@ -30,11 +30,11 @@ from saert._cli_session import Loaded, Session, UserError
 from saert._cli_text import Text
 from saert.compat import check_model
 from saert.hooks import device_of
-from saert.measure.compute import LossLaw, compute_equivalent, fit_losses
-from saert.measure.downstream import measure
 from saert.measure.passes import sites
-from saert.measure.report_html import render
-from saert.measure.transfer import TransferReport
+from saert.measure.reports.compute import LossLaw, compute_equivalent, fit_losses
+from saert.measure.reports.downstream import measure
+from saert.measure.reports.html import render
+from saert.measure.reports.transfer import TransferReport
 
 RESULTS, PAGE = "eval.json", "eval.html"
 MEASURES = 1  # counted up when a number's definition changes: older entries are measured again

@@ -28,10 +28,10 @@ from saert._cli_options import (
 )
 from saert._cli_session import Session, UserError, latent_of, open_session
 from saert._cli_text import read_text
-from saert.measure.explaining import explain as n2g
-from saert.measure.explaining import neutral_token
-from saert.measure.explanation_splice import ExplanationLoss, explanation_loss
-from saert.measure.explanations import Explanation, Explanations
+from saert.measure.n2g.explain import explain as n2g
+from saert.measure.n2g.explain import neutral_token
+from saert.measure.n2g.explanations import Explanation, Explanations
+from saert.measure.n2g.splice import ExplanationLoss, explanation_loss
 
 Option = typer.Option
 

@@ -16,10 +16,10 @@ from rich.text import Text
 from saert._cli_io import print_json, user_errors
 from saert._cli_options import At, Batch, Device, Json, Model, Progress, Sae, Strict
 from saert._cli_session import Loaded, UserError, open_session
-from saert.measure.features.identity import sae_identity
-from saert.measure.probe_results import Probes
-from saert.measure.probing import SELECT, Select
-from saert.measure.suites import probe_suite, read_suite
+from saert.measure.identity import sae_identity
+from saert.measure.probes.probing import SELECT, Select
+from saert.measure.probes.results import Probes
+from saert.measure.probes.suites import probe_suite, read_suite
 from saert.runtime import attach
 
 SelectName = StrEnum("SelectName", {name: name for name in SELECT})  # type: ignore[misc]

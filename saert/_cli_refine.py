@@ -27,7 +27,7 @@ from saert._cli_options import (
 from saert._cli_session import BUNDLED, open_session
 from saert._cli_text import read_text
 from saert.compat import check_model
-from saert.measure.refinement import RefinementReport, refinement_report
+from saert.measure.reports.refinement import RefinementReport, refinement_report
 from saert.refine import MAX_STEPS, TOL
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from saert.activations import TopK
 from saert.edits import ablate
 from saert.hookpoint import Hookpoint, HookpointError
-from saert.measure.ablation import ablation_effects, direction_effects
-from saert.measure.ablation_table import COLUMNS, AblationEffects
-from saert.measure.replay import BruteForce, Replay, choose_runner
+from saert.measure.ablation.ablate import ablation_effects, direction_effects
+from saert.measure.ablation.replay import BruteForce, Replay, choose_runner
+from saert.measure.ablation.table import COLUMNS, AblationEffects
 from saert.runtime import attach
 from saert.sae import SAE
 
@@ -205,7 +205,7 @@ def test_large_changes_and_ruled_out_tokens_have_finite_effects() -> None:
     model = tiny("gpt2")
     ids = IDS[:1]
     big, ruled = torch.randn(2, VOCAB), torch.randn(2, VOCAB)
-    from saert.measure.effects import effects
+    from saert.measure.ablation.effects import effects
 
     big[1] = big[0] + 200 * torch.randn(VOCAB)
     ruled[:, 5] = -torch.inf
@@ -308,8 +308,8 @@ def test_chosen_latents_and_batch_sizes() -> None:
 
 
 def test_attributed_takes_the_largest_of_each_row() -> None:
-    from saert.measure.attribution import attribute
-    from saert.measure.metric import next_token_loss
+    from saert.measure.attribution.attribute import attribute
+    from saert.measure.attribution.metric import next_token_loss
 
     model, sae = tiny("gpt2"), sae_at("resid_post.1")
     found = ablation_effects(

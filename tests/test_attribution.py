@@ -15,7 +15,7 @@ from saert.measure import (
     logit_difference,
     next_token_loss,
 )
-from saert.measure.nodes import union
+from saert.measure.attribution.nodes import union
 
 D = tiny_models.HIDDEN
 IDS = torch.randint(3, tiny_models.VOCAB, (2, 6), generator=torch.Generator().manual_seed(5))

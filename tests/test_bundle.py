@@ -12,7 +12,7 @@ from transformers import GPT2Config
 
 from saert.hub import bundled
 from saert.hub.format import read
-from saert.measure.evaluate import evaluate
+from saert.measure.reports.evaluate import evaluate
 from saert.runtime import attach
 from saert.train.bundle.config import (
     BUNDLED_RECIPE,

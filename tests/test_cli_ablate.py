@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from saert.cli import app
 from saert.hub import bundled
 from saert.hub.format import save
-from saert.measure.ablation import ablation_effects, direction_effects
-from saert.measure.ablation_table import AblationEffects
+from saert.measure.ablation.ablate import ablation_effects, direction_effects
+from saert.measure.ablation.table import AblationEffects
 
 PROMPT = "The dog ran"
 

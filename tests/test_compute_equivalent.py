@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from saert.measure.compute import LossLaw, compute_equivalent, fit_losses
+from saert.measure.reports.compute import LossLaw, compute_equivalent, fit_losses
 
 LAW = LossLaw(a=1.7, b=1.2, c=0.05, low=1e-4, high=1.0)
 

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 
 from saert.activations import TopK
 from saert.measure import consistency, feature_splitting
-from saert.measure.assignment import match
+from saert.measure.matching.assignment import match
 from saert.sae import SAE
 
 
@@ -65,7 +65,7 @@ def test_a_matching_cut_short_comes_with_a_bound_that_holds():
 def test_small_blocks_see_every_pair(monkeypatch):
     a, b = related()
     whole = match(unit(a), unit(b))
-    monkeypatch.setattr("saert.measure.assignment.BLOCK", 700)
+    monkeypatch.setattr("saert.measure.matching.assignment.BLOCK", 700)
     parts = match(unit(a), unit(b))
     assert torch.equal(whole.partner, parts.partner)
     torch.testing.assert_close(whole.nearest, parts.nearest)

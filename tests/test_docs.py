@@ -18,9 +18,9 @@ BLOCKS = {
 }
 MODULES = ("activations", "edits", "hookpoint", "refine", "runtime", "sae", "sparse", "transforms")
 MODULES += ("hub.load", "hub.format")
-MODULES += ("measure.compute", "measure.reconstruction")
-MODULES += ("measure.attribution", "measure.metric", "measure.agreement")
-MODULES += ("measure.ablation", "measure.n2g")
+MODULES += ("measure.reports.compute", "measure.reports.reconstruction")
+MODULES += ("measure.attribution.attribute", "measure.attribution.metric")
+MODULES += ("measure.attribution.agreement", "measure.ablation.ablate", "measure.n2g.graph")
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from saert.activations import TopK
 from saert.capture import capture
 from saert.hooks import hooked
-from saert.measure import splices
-from saert.measure.downstream import Losses, downstream_report, measure
-from saert.measure.evaluate import evaluate
 from saert.measure.passes import sites
-from saert.measure.reconstruction import reconstruction_report
-from saert.measure.transfer import transfer_report
+from saert.measure.reports import splices
+from saert.measure.reports.downstream import Losses, downstream_report, measure
+from saert.measure.reports.evaluate import evaluate
+from saert.measure.reports.reconstruction import reconstruction_report
+from saert.measure.reports.transfer import transfer_report
 from saert.runtime import attach
 from saert.sae import SAE
 

@@ -14,12 +14,12 @@ from tiny_models import HIDDEN, VOCAB, tiny
 from torch import nn
 
 from saert.activations import ReLU, TopK
-from saert.measure.explaining import explain, neutral_token
-from saert.measure.explanation_splice import explanation_loss
-from saert.measure.explanations import Explanations
-from saert.measure.n2g import ANY, Graph, Matcher, Pattern
-from saert.measure.n2g_build import Example, Probe, find_patterns, shortest_suffixes
-from saert.measure.n2g_examples import Sampler, random_keys
+from saert.measure.n2g.build import Example, Probe, find_patterns, shortest_suffixes
+from saert.measure.n2g.examples import Sampler, random_keys
+from saert.measure.n2g.explain import explain, neutral_token
+from saert.measure.n2g.explanations import Explanations
+from saert.measure.n2g.graph import ANY, Graph, Matcher, Pattern
+from saert.measure.n2g.splice import explanation_loss
 from saert.measure.passes import Encoded, encoded
 from saert.sae import SAE
 from saert.sparse import SparseCode
@@ -228,7 +228,7 @@ def test_samples_are_real_activations_and_do_not_depend_on_batches_or_on_other_l
 def test_merging_early_changes_nothing(monkeypatch):
     dense = torch.rand(30, 6, 4)
     whole = Sampler(4, 5, seed=0).read(passes(dense, 30))
-    monkeypatch.setattr("saert.measure.n2g_examples.WAITING", 7)
+    monkeypatch.setattr("saert.measure.n2g.examples.WAITING", 7)
     parts = Sampler(4, 5, seed=0).read(passes(dense, 1))
     assert [parts.of(i) for i in range(4)] == [whole.of(i) for i in range(4)]
 
@@ -255,7 +255,7 @@ def test_every_activation_is_equally_likely_and_so_is_every_order():
 def test_keys_are_splitmix64():
     # the first outputs of the published generator for the seed 1234567
     state, gamma, found = 1234567, 0x9E3779B97F4A7C15, []
-    from saert.measure.n2g_examples import _mix
+    from saert.measure.n2g.examples import _mix
 
     for i in range(3):
         found.append(int(_mix(np.array([(state + i * gamma) % 2**64], np.uint64))[0]))
@@ -626,7 +626,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
     model, sae, rows = Reader(), reader_sae(), reader_rows()
     path = tmp_path / "n2g.jsonl"
     whole = explained(model, sae, rows, range(5))
-    monkeypatch.setattr("saert.measure.explaining.GROUP", 2)
+    monkeypatch.setattr("saert.measure.n2g.explain.GROUP", 2)
     first = explained(model, sae, rows, [0, 1, 2], out=path)
     lines = path.read_text().splitlines()
     assert len(lines) == 4 and same(first, whole[:3])

@@ -17,9 +17,9 @@ from sklearn.metrics import f1_score, log_loss, roc_auc_score
 
 from saert import _cli_compare, _cli_probe
 from saert.measure import Probes, sparse_probe
-from saert.measure.probe_results import Probe
-from saert.measure.probes import Columns, fit_latents
-from saert.measure.probing import as_text, binary_tasks, scores, stratified
+from saert.measure.probes.newton import Columns, fit_latents
+from saert.measure.probes.probing import as_text, binary_tasks, scores, stratified
+from saert.measure.probes.results import Probe
 from saert.sparse import SparseCode
 
 N, LATENTS = 300, 40

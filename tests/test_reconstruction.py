@@ -10,7 +10,7 @@ from tiny_models import HIDDEN, VOCAB, tiny
 from saert.activations import TopK
 from saert.capture import capture
 from saert.measure.passes import sites
-from saert.measure.reconstruction import (
+from saert.measure.reports.reconstruction import (
     DENSITY_EDGES,
     Unexplained,
     position_buckets,

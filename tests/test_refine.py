@@ -37,7 +37,7 @@ from saert.hub import bundled
 from saert.kernels.refine import refine as sweeps
 from saert.kernels.refit import active_set, refit
 from saert.measure.passes import sites
-from saert.measure.refinement import refinement_report
+from saert.measure.reports.refinement import refinement_report
 from saert.refine import refit as refit_code
 from saert.refine import unexplained
 from saert.transforms import LayerNorm, UnitNorm

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from saert._cli_probe import _folders
 from saert._cli_session import Loaded
 from saert.capture import capture
-from saert.measure import probe_suite, probe_task, read_suite, suites
-from saert.measure.pooling import pooled
-from saert.measure.tasks import TaskFile
+from saert.measure import probe_suite, probe_task, read_suite
+from saert.measure.probes import suites
+from saert.measure.probes.pooling import pooled
+from saert.measure.probes.tasks import TaskFile
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the dog ran to the park and the cat sat on the red mat with a big ball in the sun"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from run_cases import logged
 
-from saert.measure.evaluate import Metrics
+from saert.measure.reports.evaluate import Metrics
 from saert.train import session
 from saert.train.config import ConfigError, from_table
 from saert.train.record import alone_in, as_before, write

@@ -18,7 +18,7 @@ from run_cases import JOBS, PLAN, QUIET, a_config, a_run, logged, names, write_t
 from saert.hookpoint import Hookpoint
 from saert.hub import bundled
 from saert.hub.load import load
-from saert.measure.evaluate import evaluate
+from saert.measure.reports.evaluate import evaluate
 from saert.runtime import attach
 from saert.train import session
 from saert.train.config import ConfigError, from_table

@@ -25,8 +25,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from saert.measure.evaluate import Metrics
-from saert.measure.reconstruction import DENSITY_EDGES
+from saert.measure.reports.evaluate import Metrics
+from saert.measure.reports.reconstruction import DENSITY_EDGES
 
 LOG = "metrics.jsonl"
 Logs = Mapping[str, Mapping[str, float]]

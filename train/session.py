@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from saert.hub import bundled
 from saert.hub.format import save
 from saert.hub.load import load_string
-from saert.measure.evaluate import Metrics, evaluate
+from saert.measure.reports.evaluate import Metrics, evaluate
 from saert.sae import SAE
 from saert.train.cache import Cache, write_atomically
 from saert.train.cards import card

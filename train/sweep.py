@@ -25,7 +25,7 @@ from torch import Tensor
 
 from saert.capture import capture
 from saert.hookpoint import Hookpoint
-from saert.measure.reconstruction import Unexplained
+from saert.measure.reports.reconstruction import Unexplained
 from saert.sae import SAE
 from saert.train import scaling, scaling_plots
 from saert.train.cache import write_atomically

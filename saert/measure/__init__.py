@@ -1,27 +1,27 @@
 """What an SAE is worth: effects of ablation, attribution, reconstruction, probes, explanations."""
 
-from saert.measure.ablation import ablation_effects, direction_effects
-from saert.measure.ablation_table import AblationEffects
-from saert.measure.agreement import Agreement, attribution_agreement
-from saert.measure.attribution import Attribution, attribute
-from saert.measure.compute import LossLaw, compute_equivalent, fit_losses
-from saert.measure.consistency import (
+from saert.measure.ablation.ablate import ablation_effects, direction_effects
+from saert.measure.ablation.table import AblationEffects
+from saert.measure.attribution.agreement import Agreement, attribution_agreement
+from saert.measure.attribution.attribute import Attribution, attribute
+from saert.measure.attribution.metric import Metric, logit_difference, next_token_loss
+from saert.measure.features import FeatureIndex, feature_index
+from saert.measure.matching.consistency import (
     Consistency,
     FeatureSplitting,
     consistency,
     feature_splitting,
 )
-from saert.measure.downstream import DownstreamReport, downstream_report
-from saert.measure.explaining import explain, neutral_token
-from saert.measure.explanation_splice import ExplanationLoss, explanation_loss
-from saert.measure.explanations import Explanation, Explanations
-from saert.measure.features import FeatureIndex, feature_index
-from saert.measure.metric import Metric, logit_difference, next_token_loss
-from saert.measure.probe_results import Probe, Probes
-from saert.measure.probing import sparse_probe
-from saert.measure.reconstruction import ReconstructionReport, reconstruction_report
-from saert.measure.suites import Suite, probe_suite, probe_task, read_suite
-from saert.measure.transfer import TransferReport, transfer_report
+from saert.measure.n2g.explain import explain, neutral_token
+from saert.measure.n2g.explanations import Explanation, Explanations
+from saert.measure.n2g.splice import ExplanationLoss, explanation_loss
+from saert.measure.probes.probing import sparse_probe
+from saert.measure.probes.results import Probe, Probes
+from saert.measure.probes.suites import Suite, probe_suite, probe_task, read_suite
+from saert.measure.reports.compute import LossLaw, compute_equivalent, fit_losses
+from saert.measure.reports.downstream import DownstreamReport, downstream_report
+from saert.measure.reports.reconstruction import ReconstructionReport, reconstruction_report
+from saert.measure.reports.transfer import TransferReport, transfer_report
 
 __all__ = [
     "AblationEffects",

@@ -24,7 +24,7 @@ from transformers import (
 from saert.hookpoint import Hookpoint
 from saert.hub import bundled
 from saert.hub.format import save
-from saert.measure.evaluate import evaluate
+from saert.measure.reports.evaluate import evaluate
 from saert.train.bundle import cards
 from saert.train.bundle.config import Recipe, SAEConfig
 from saert.train.bundle.language_model import (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saert.activations import Activation, BatchTopK, Gated, TopK
-from saert.measure.reconstruction import ALIVE
+from saert.measure.reports.reconstruction import ALIVE
 from saert.train.dictionary import Code, Dictionary, narrow
 from saert.train.mesh import Mesh
 

@@ -21,12 +21,6 @@ from saert.measure.features.directions import (
     unembedding,
 )
 from saert.measure.features.files import Arrays, intact, write, write_json
-from saert.measure.features.identity import (
-    differences,
-    model_identity,
-    sae_identity,
-    vocabulary_identity,
-)
 from saert.measure.features.index import FeatureIndex
 from saert.measure.features.store import (
     OURS,
@@ -38,9 +32,15 @@ from saert.measure.features.store import (
     write_shard,
 )
 from saert.measure.features.vocabulary import vocabulary
+from saert.measure.identity import (
+    differences,
+    model_identity,
+    sae_identity,
+    vocabulary_identity,
+)
 from saert.measure.passes import Special, encoded, sites
 from saert.measure.progress import tracked
-from saert.measure.reconstruction import check_rows
+from saert.measure.reports.reconstruction import check_rows
 from saert.sae import SAE
 
 VERSION = 1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from saert.measure.reconstruction import DENSITY_EDGES
+from saert.measure.reports.reconstruction import DENSITY_EDGES
 
 INK, ACCENT, QUIET = "#222222", "#c2410c", "#d4d4d4"
 STYLE: Any = {

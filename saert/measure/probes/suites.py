@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from saert.measure.features.identity import model_identity, sae_identity
-from saert.measure.pooling import pooled
-from saert.measure.probe_results import Probe, Probes
-from saert.measure.probing import Select, sparse_probe
-from saert.measure.tasks import Task, TaskFile, nearest, task_file
+from saert.measure.identity import model_identity, sae_identity
+from saert.measure.probes.pooling import pooled
+from saert.measure.probes.probing import Select, sparse_probe
+from saert.measure.probes.results import Probe, Probes
+from saert.measure.probes.tasks import Task, TaskFile, nearest, task_file
 from saert.sae import SAE
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from saert.hookpoint import unwrap
-from saert.measure.explanations import Explanation
-from saert.measure.n2g import Graph
-from saert.measure.n2g_build import Example, Probe, find_patterns
-from saert.measure.n2g_examples import Sampler
-from saert.measure.n2g_score import Scores
+from saert.measure.n2g.build import Example, Probe, find_patterns
+from saert.measure.n2g.examples import Sampler
+from saert.measure.n2g.explanations import Explanation
+from saert.measure.n2g.graph import Graph
+from saert.measure.n2g.score import Scores
 from saert.sae import SAE
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saert.capture import capture
 from saert.hooks import device_of
-from saert.measure.n2g import ANY, Pattern
+from saert.measure.n2g.graph import ANY, Pattern
 from saert.measure.passes import check_ready, sites
 from saert.sae import SAE
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from saert.hookpoint import Hookpoint, HookpointError
 from saert.kernels.decode import gather_dot
 from saert.kernels.numerics import no_autocast
-from saert.measure.metric import Inputs, Metric
-from saert.measure.nodes import Call, Move, Site, evaluating, move, sites_of
+from saert.measure.attribution.metric import Inputs, Metric
+from saert.measure.attribution.nodes import Call, Move, Site, evaluating, move, sites_of
 from saert.measure.passes import check_ready
 from saert.measure.progress import tracked
 from saert.sae import SAE

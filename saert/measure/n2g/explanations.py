@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saert.measure.n2g import ANY, Graph, Matcher, Pattern, Show
+from saert.measure.n2g.graph import ANY, Graph, Matcher, Pattern, Show
 from saert.sparse import SparseCode
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saert.measure.assignment import Matching, match, nearest
+from saert.measure.matching.assignment import Matching, match, nearest
 from saert.sae import SAE
 
 
@@ -153,7 +153,7 @@ def consistency(
         threshold: see the module.
         candidates, tolerance, max_rounds: of the matching, which is exact to `tolerance` unless
             `max_rounds` cuts it short; then `pw_mcc_bound` says by how much it can be off. See
-            `saert.measure.assignment`.
+            `saert.measure.matching.assignment`.
 
     Raises ValueError for sizes that differ, or NaN.
     """

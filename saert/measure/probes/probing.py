@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saert.measure.probe_results import Probe, Probes, Scores
-from saert.measure.probes import Columns, LatentFits, fit_latents
+from saert.measure.probes.newton import Columns, LatentFits, fit_latents
+from saert.measure.probes.results import Probe, Probes, Scores
 from saert.measure.progress import tracked
 from saert.sparse import SparseCode
 
@@ -56,7 +56,7 @@ def sparse_probe(
             (`select="mean_difference"`) the largest difference of class means on the train split.
             Fitted with scikit-learn, with its default ridge, on latents scaled to mean square 1.
         dense: [N, d] hidden states, for a dense probe beside it (the same, standardised).
-        ridge: of the single probes; see `saert.measure.probes`.
+        ridge: of the single probes; see `saert.measure.probes.newton`.
 
     Of several tasks, those that the train split has one class of only are left out; `left_out` of
     the answer names them.

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from saert.measure.passes import Special, sites
-from saert.measure.reconstruction import ReconstructionReport
-from saert.measure.splices import Outcome, either, mean_states, splices
+from saert.measure.reports.reconstruction import ReconstructionReport
+from saert.measure.reports.splices import Outcome, either, mean_states, splices
 from saert.sae import SAE
 
 

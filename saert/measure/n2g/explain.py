@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saert.measure.explanations import Explanations, append, resume
-from saert.measure.features.identity import model_identity, sae_identity
-from saert.measure.n2g_drafts import Maker
-from saert.measure.n2g_examples import Sampler, random_keys
-from saert.measure.n2g_score import score
+from saert.measure.identity import model_identity, sae_identity
+from saert.measure.n2g.drafts import Maker
+from saert.measure.n2g.examples import Sampler, random_keys
+from saert.measure.n2g.explanations import Explanations, append, resume
+from saert.measure.n2g.score import score
 from saert.measure.passes import Encoded, Special, encoded, sites
 from saert.measure.progress import tracked
 from saert.sae import SAE

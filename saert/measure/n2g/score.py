@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saert.measure.n2g import Graph, Matcher
-from saert.measure.n2g_examples import active
+from saert.measure.n2g.examples import active
+from saert.measure.n2g.graph import Graph, Matcher
 from saert.measure.passes import Encoded
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saert.measure.probes import LatentFits
+from saert.measure.probes.newton import LatentFits
 
 
 @dataclass(frozen=True)

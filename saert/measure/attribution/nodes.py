@@ -23,7 +23,7 @@ from saert.hookpoint import Hookpoint, unwrap
 from saert.hooks import Act, device_of, hooked
 from saert.kernels.decode import sparse_decode
 from saert.kernels.numerics import accumulation_dtype, no_autocast
-from saert.measure.metric import Inputs, Metric, tokens_of
+from saert.measure.attribution.metric import Inputs, Metric, tokens_of
 from saert.measure.passes import masked, sites
 from saert.sae import SAE
 from saert.sparse import SparseCode

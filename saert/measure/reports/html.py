@@ -7,7 +7,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
 
-from saert.measure import report_plots as plots
+from saert.measure.reports import plots
 
 TEMPLATE = "report.html.jinja"
 
@@ -30,7 +30,7 @@ def render(evaluation: Mapping[str, Any]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "percent": percent, "count": count, "sign": signed}
-    source = files("saert.measure").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    source = files("saert.measure.reports").joinpath(TEMPLATE).read_text(encoding="utf-8")
     saes = evaluation["saes"]
     page = environment.from_string(source).render(
         facts=evaluation["facts"],

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from saert.measure.downstream import recovered
 from saert.measure.passes import Special
-from saert.measure.splices import splices
+from saert.measure.reports.downstream import recovered
+from saert.measure.reports.splices import splices
 from saert.sae import SAE
 
 

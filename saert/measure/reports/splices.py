@@ -20,7 +20,7 @@ from saert.hooks import device_of, hooked
 from saert.kernels.numerics import accumulation_dtype
 from saert.measure.passes import Special, sites
 from saert.measure.progress import tracked
-from saert.measure.reconstruction import (
+from saert.measure.reports.reconstruction import (
     Reconstruction,
     check_rows,
     kept,

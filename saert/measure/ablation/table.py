@@ -27,7 +27,7 @@ class AblationEffects:
         latents: int64 [n]; of `direction_effects`, the number of the direction.
         values: float32 [n], the activation that was taken away (of a direction, the projection).
         sparsity: float64 [n], the share s of logits that the ablation reaches, in (0, 1]; NaN where
-            nothing changed (`saert.measure.effects` has the formulas).
+            nothing changed (`saert.measure.ablation.effects` has the formulas).
         kl, loss_change: float64 [n], mean over the tokens of the horizon of KL(model ‖ ablated)
             and of the rise of the next token's loss, in nats; NaN without a token to measure at.
         kl_by_token, loss_change_by_token: float64 [n, horizon], from the ablated token on; NaN past

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from saert.hooks import device_of
-from saert.measure.explaining import behind
-from saert.measure.explanations import Explanations
+from saert.measure.n2g.explain import behind
+from saert.measure.n2g.explanations import Explanations
 from saert.measure.passes import Special, check_ready, masked, sites
 from saert.measure.progress import tracked
-from saert.measure.reconstruction import Unexplained
-from saert.measure.splices import Effect, Pass
+from saert.measure.reports.reconstruction import Unexplained
+from saert.measure.reports.splices import Effect, Pass
 from saert.sae import SAE
 from saert.sparse import SparseCode
 

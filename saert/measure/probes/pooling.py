@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saert.measure.passes import encoded
-from saert.measure.probes import Columns
+from saert.measure.probes.newton import Columns
 from saert.measure.progress import tracked
 from saert.sae import SAE
 

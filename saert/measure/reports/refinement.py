@@ -19,8 +19,8 @@ from saert.hookpoint import Hookpoint
 from saert.hooks import device_of, hooked
 from saert.measure.passes import Special, sites
 from saert.measure.progress import tracked
-from saert.measure.reconstruction import Reconstruction, check_rows, kept
-from saert.measure.splices import compare, rows_at_once
+from saert.measure.reports.reconstruction import Reconstruction, check_rows, kept
+from saert.measure.reports.splices import compare, rows_at_once
 from saert.refine import MAX_STEPS, TOL, refit, strength
 from saert.sae import SAE
 from saert.sparse import SparseCode

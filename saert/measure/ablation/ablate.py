@@ -5,8 +5,8 @@ Gao et al. 2024, section 4.5. For a latent i active at a token, with the SAE's e
     x′ = x − f_i · W_dec[i]          or, without it,    x̂′ = x̂ − f_i · W_dec[i]
 
 (scaled back by the SAE's input transform), and the effect is measured on the logits of the tokens
-from there on (`saert.measure.effects`). One pass of the rows is kept; each ablation then runs only
-what lies behind it, many of them at a time (`saert.measure.replay`).
+from there on (`effects.py` beside this). One pass of the rows is kept; each ablation then runs only
+what lies behind it, many of them at a time (`replay.py`).
 
 `direction_effects` takes away what the hidden state has along single channels, or along random
 directions, instead: the paper's baselines.
@@ -25,10 +25,10 @@ from saert.capture import capture
 from saert.compat import check_model
 from saert.edits import Positions
 from saert.hookpoint import Hookpoint
-from saert.measure.ablation_run import Pairs, Plan, measure
-from saert.measure.ablation_table import AblationEffects
-from saert.measure.attribution import attribute
-from saert.measure.metric import Inputs, next_token_loss
+from saert.measure.ablation.run import Pairs, Plan, measure
+from saert.measure.ablation.table import AblationEffects
+from saert.measure.attribution.attribute import attribute
+from saert.measure.attribution.metric import Inputs, next_token_loss
 from saert.measure.passes import Special, sites
 from saert.sae import SAE
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from saert.measure.downstream import Losses, Measured, measure
 from saert.measure.passes import Special
-from saert.measure.reconstruction import Fidelity
+from saert.measure.reports.downstream import Losses, Measured, measure
+from saert.measure.reports.reconstruction import Fidelity
 from saert.sae import SAE
 
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, TextIO
 import torch
 from torch import Tensor
 
-from saert.measure.pooling import POOLS, Pool
-from saert.measure.probing import as_text, spelled, stratified
+from saert.measure.probes.pooling import POOLS, Pool
+from saert.measure.probes.probing import as_text, spelled, stratified
 
 FORMATS = {".jsonl": None, ".json": None, ".csv": ",", ".tsv": "\t"}
 
@@ -52,7 +52,7 @@ class TaskFile:
         name, file: of the task; .jsonl, .csv or .tsv, a relative path from the suite's folder.
         text: column with the text.
         label: column with the label, or with a list of labels if `words` is given; in one spelling
-            for all files (`saert.measure.probing.spelled`).
+            for all files (`saert.measure.probes.probing.spelled`).
         words: column with the words that the labels belong to. They are looked up in the text in
             order; without a column `text` in the file they are joined by spaces.
         labels: new names for labels; several may get the same. All or none.

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from saert.hookpoint import Hookpoint
 from saert.hooks import device_of
-from saert.measure.ablation_table import AblationEffects
-from saert.measure.effects import effects
-from saert.measure.metric import Inputs, tokens_of
+from saert.measure.ablation.effects import effects
+from saert.measure.ablation.replay import Replay, Runner, choose_runner
+from saert.measure.ablation.table import AblationEffects
+from saert.measure.attribution.metric import Inputs, tokens_of
 from saert.measure.passes import check_ready
 from saert.measure.progress import bar
-from saert.measure.replay import Replay, Runner, choose_runner
 
 CHUNK_TOKENS = 2048
 """Rows share a base pass up to about so many tokens: their keys, values and streams are kept."""

@@ -1,0 +1,1 @@
+"""Ablating latents one at a time, and what the model then predicts."""

@@ -1,0 +1,1 @@
+"""What each latent does to a metric, estimated from gradients."""

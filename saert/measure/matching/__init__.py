@@ -1,0 +1,1 @@
+"""How alike dictionaries are: matched latents of several runs or sizes."""

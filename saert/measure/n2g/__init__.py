@@ -1,0 +1,1 @@
+"""Explaining latents by patterns of tokens (N2G)."""

@@ -1,0 +1,1 @@
+"""How well an SAE reconstructs, and what the model loses with it: numbers and a page."""

@@ -633,16 +633,16 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
     # killed while it wrote the last line
     path.write_text("\n".join([*lines[:3], lines[3][: len(lines[3]) // 2]]))
     asked = []
-    from saert.measure import n2g_drafts
+    from saert.measure.n2g import drafts
 
-    build = n2g_drafts.Maker.drafts
+    build = drafts.Maker.drafts
     monkeypatch.setattr(
-        n2g_drafts.Maker, "drafts", lambda self, ls: asked.extend(ls) or build(self, ls)
+        drafts.Maker, "drafts", lambda self, ls: asked.extend(ls) or build(self, ls)
     )
     assert same(explained(model, sae, rows, range(5), out=path), whole)
     assert asked == [2, 3, 4]
     assert same(Explanations.load(path), whole)
-    monkeypatch.setattr(n2g_drafts.Maker, "drafts", None)
+    monkeypatch.setattr(drafts.Maker, "drafts", None)
     assert same(explained(model, sae, rows, [4, 0], out=path), [whole[4], whole[0]])
     with pytest.raises(ValueError, match="was made with seed=0, found 1"):
         explained(model, sae, rows, range(5), out=path, seed=1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saert.kernels.encode_chunks import threshold_op, topk_op
-from saert.kernels.numerics import accumulation_dtype
+from saert.kernels.numerics import HALF, accumulation_dtype
 from saert.kernels.operators import refuse_forward_mode
 from saert.kernels.screen import Screen
 
@@ -51,7 +51,9 @@ def encode_topk(
     """The k largest positive scores of each token (TopK, Gao et al. 2024, section 2.3).
 
     Args:
-        x: [*tokens, d_in], any floating dtype.
+        x: [*tokens, d_in], any floating dtype. Where x and W_enc are both half precision,
+            x − b_dec is rounded to the dtype of W_enc and the products are of two half-precision
+            factors; a wider x is multiplied as it is, with the weights widened.
         W_enc: [num_latents, d_in]; b_enc: [num_latents] or None; b_dec: [d_in], subtracted from x.
         k: slots per token; the width is min(k, competing latents).
         weight: [num_latents], finite, what scores are multiplied by for the ranking alone (decoder
@@ -164,11 +166,13 @@ def encode_threshold_reference(
 def _scores_reference(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, latents: Tensor | None
 ) -> Tensor:
-    wide = accumulation_dtype(W_enc.dtype)
+    wide, halved = accumulation_dtype(W_enc.dtype), x.dtype in HALF and W_enc.dtype in HALF
     x = x.to(wide) if b_dec is None else x.to(wide) - b_dec.to(wide)
     if latents is not None:
         W_enc, b_enc = W_enc[latents], None if b_enc is None else b_enc[latents]
-    scores = x.to(W_enc.dtype).to(wide) @ W_enc.to(wide).T
+    if halved:
+        x = x.to(W_enc.dtype).to(wide)
+    scores = x @ W_enc.to(wide).T
     return scores if b_enc is None else scores + b_enc.to(wide)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from saert.kernels import dispatch
 from saert.kernels.encode_gradient import backward, save
 from saert.kernels.linear import chunk_scores
-from saert.kernels.numerics import accumulation_dtype, no_autocast
+from saert.kernels.numerics import HALF, accumulation_dtype, no_autocast
 from saert.kernels.operators import operator
 from saert.kernels.screen import screened_topk
 from saert.kernels.select import descends, threshold_rows, topk_rows
@@ -124,10 +124,11 @@ def _threshold_in_chunks(
 
 def _chunks(x: Tensor, W_enc: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
     """Scores [T, num_latents] of a few tokens at a time."""
-    size = dispatch.tokens_per_chunk(W_enc.shape[0], x.dtype)
-    fits = W_enc.numel() * x.dtype.itemsize <= dispatch.WIDENED
-    if W_enc.dtype != x.dtype and len(x) > size and fits:  # chunks would widen it again and again
-        x, W_enc = x.to(W_enc.dtype).to(x.dtype), W_enc.to(x.dtype)
+    wide = accumulation_dtype(W_enc.dtype)
+    size = dispatch.tokens_per_chunk(W_enc.shape[0], wide)
+    fits = W_enc.numel() * wide.itemsize <= dispatch.WIDENED
+    if W_enc.dtype != wide and len(x) > size and fits:  # chunks would widen it again and again
+        x, W_enc = x.to(wide), W_enc.to(wide)
     for begin in range(0, len(x), size):
         yield chunk_scores(x[begin : begin + size], W_enc, bias)
 
@@ -135,9 +136,13 @@ def _chunks(x: Tensor, W_enc: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
 def _prepared(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x − b_dec, b_enc and weight in the accumulation dtype."""
-    wide = accumulation_dtype(W_enc.dtype)
+    """x − b_dec, b_enc and weight in the accumulation dtype.
+
+    x − b_dec is in the dtype of half-precision weights, if x is half precision too.
+    """
+    wide, halved = accumulation_dtype(W_enc.dtype), x.dtype in HALF and W_enc.dtype in HALF
     x = x.to(wide) if b_dec is None else x.to(wide) - b_dec.to(wide)
+    x = x.to(W_enc.dtype) if halved else x
     bias = None if b_enc is None else b_enc.to(wide)
     # contiguous, the bias too: oneDNN does not look at its strides
     bias = None if bias is None else bias.contiguous()
@@ -163,7 +168,7 @@ def _check_latents(latents: Tensor, num_latents: int) -> None:
 
 def _nothing(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The answer for no tokens, or where nothing competes."""
-    none = x.new_zeros(len(x), k)
+    none = x.new_zeros(len(x), k, dtype=accumulation_dtype(x.dtype))
     return none.long(), none, none.new_zeros(len(x), dtype=torch.bool)
 
 

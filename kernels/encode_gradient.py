@@ -6,7 +6,7 @@
     db_dec    = −Σ_t dx[t] = −db_enc W_enc                    openai/sparse_autoencoder: sum first
 
 with g = dL/dvalues at used slots and 0 elsewhere. Nothing of size [tokens, num_latents] appears.
-Half-precision weights multiply a rounded x; the gradient takes x − b_dec as it is.
+Half-precision weights may multiply a rounded x − b_dec; the gradient takes it as it was.
 """
 
 from __future__ import annotations

@@ -13,18 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saert.kernels import dispatch
-from saert.kernels.numerics import accumulation_dtype, no_autocast
+from saert.kernels.numerics import HALF, accumulation_dtype, no_autocast
 
 
 def linear_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
     """x [*tokens, d_in], W_enc [num_latents, d_in], b_enc [num_latents] -> [*tokens, num_latents].
 
-    The result is float32 for half-precision weights, otherwise the dtype of the weights.
+    The result is float32 for half-precision weights, otherwise the dtype of the weights. x is
+    multiplied as it is: one that should be rounded with its weights comes rounded.
     Autocast is switched off inside: it would round the scores before the selection.
     """
     wide = accumulation_dtype(W_enc.dtype)
     with no_autocast(x):
-        x = x.to(W_enc.dtype).to(wide)
+        x = x.to(wide)
         bias = None if b_enc is None else b_enc.to(wide)
         if wide == W_enc.dtype:
             return F.linear(x, W_enc, bias)
@@ -50,7 +51,7 @@ def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
             return dispatch.onednn_linear(x, W_enc, b_enc)
         scores = dispatch.onednn_linear(W_enc, x, None).t().contiguous()
         return scores if b_enc is None else scores.add_(b_enc)
-    if x.dtype == W_enc.dtype:
+    if x.dtype == W_enc.dtype and x.dtype not in HALF:
         return F.linear(x, W_enc, b_enc)
     return linear_scores(x, W_enc, b_enc)
 

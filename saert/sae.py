@@ -18,7 +18,7 @@ from saert.activations import Activation, Gated
 from saert.hookpoint import Hookpoint
 from saert.kernels.decode import sparse_decode
 from saert.kernels.linear import linear_scores
-from saert.kernels.numerics import accumulation_dtype, no_autocast
+from saert.kernels.numerics import HALF, accumulation_dtype, no_autocast
 from saert.sparse import SparseCode
 from saert.transforms import DatasetScale, InputTransform, NoTransform, Transformed
 
@@ -33,8 +33,9 @@ class SAE(nn.Module):
         hookpoint: where it reads; target_hookpoint: where it writes (transcoders), else None.
         metadata: base model, revision, training and measured metrics, as far as they are known.
 
-    Weights keep the dtype they came with. Half-precision weights multiply in half precision and
-    accumulate in float32; scores are never rounded below float32 before the selection.
+    Weights keep the dtype they came with. Half-precision weights multiply a half-precision input in
+    half precision and a wider one as it is; both accumulate in float32, and scores are never
+    rounded below float32 before the selection.
     """
 
     def __init__(
@@ -184,20 +185,29 @@ class SAE(nn.Module):
         With `latents` (int64 [E], or [*tokens or broadcastable, E]) only those are computed.
         """
         self._check_width(x)
-        return self._scores(self.transform(x).x, latents)
-
-    def _scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
-        if self.subtract_b_dec and self.b_dec is not None:
-            x = x - self.b_dec.to(x.dtype)
+        x, b_dec = self._reading(x)
+        x = x if b_dec is None else x - b_dec.to(x.dtype)
         if latents is None:
             return linear_scores(x, self.W_enc, self.b_enc)
         bias = None if self.b_enc is None else self.b_enc[latents]
         if latents.dim() == 1:
             return linear_scores(x, self.W_enc[latents], bias)
         with no_autocast(x):
+            x = x.to(accumulation_dtype(self.dtype))
             rows = self.W_enc[latents].to(x.dtype)  # [*, E, d_in]
-            scores = (rows * x.to(self.dtype).to(x.dtype).unsqueeze(-2)).sum(-1)
-        return scores if bias is None else scores + bias.to(x.dtype)
+            scores = (rows * x.unsqueeze(-2)).sum(-1)
+        return scores if bias is None else scores + bias.to(scores.dtype)
+
+    def _reading(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the encoder multiplies, and what it still has to subtract.
+
+        Where input and weights are half precision, so are the products: rounded once, at the end.
+        """
+        b_dec = self.b_dec if self.subtract_b_dec else None
+        z = self.transform(x).x
+        if x.dtype not in HALF or self.dtype not in HALF:
+            return z, b_dec
+        return (z if b_dec is None else z - b_dec.to(z.dtype)).to(self.dtype), None
 
     def encode(self, x: Tensor) -> SparseCode:
         """x [*tokens, d_in] -> the sparse code, in float32 (float64 for float64 weights).
@@ -206,12 +216,9 @@ class SAE(nn.Module):
         compiled or captured graph, where nothing can be raised, NaN goes unreported.
         """
         self._check_width(x)
+        z, b_dec = self._reading(x)
         found = self.activation.encode_input(
-            self.transform(x).x,
-            self.W_enc,
-            self.b_enc,
-            self.b_dec if self.subtract_b_dec else None,
-            self._selection_weight(),
+            z, self.W_enc, self.b_enc, b_dec, self._selection_weight()
         )
         if _inspectable(found.nan) and found.nan.any():
             bad = found.nan.nonzero()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from saert.kernels.encode import Encoded
+from saert.kernels.numerics import HALF
 
 KINDS = ("random", "ascending", "ties", "negative", "clustered", "duplicates")
 
@@ -32,8 +33,9 @@ def layer(kind: str, tokens: int, d_in: int, num_latents: int, seed: int = 0):
 
 
 def scores64(x: Tensor, W: Tensor, b: Tensor | None, b_dec: Tensor | None = None) -> Tensor:
-    x = x if b_dec is None else (x - b_dec)
-    x = x.to(W.dtype).double()
+    halved = x.dtype in HALF and W.dtype in HALF  # then both factors are rounded
+    x = x.double() if b_dec is None else x.double() - b_dec.double()
+    x = x.float().to(W.dtype).double() if halved else x
     return x @ W.double().T + (0 if b is None else b.double())
 
 

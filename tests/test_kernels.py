@@ -75,10 +75,12 @@ def test_every_dtype_of_weights():
         for tokens in (2, 30):
             x, W, b = layer("random", tokens, 24, 3000)
             W, b = W.to(dtype), b.to(dtype)
-            found = encode_topk(x, W, b, 9)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            assert found.values.dtype == wide
-            assert_topk(found, x, W, b, 9)
+            for given in (x, x.to(dtype), x.half()):  # a wider x is not rounded with the weights
+                found = encode_topk(given, W, b, 9, b_dec=given[0])
+                assert found.values.dtype == wide
+                assert_topk(found, given, W, b, 9, b_dec=given[0])
+                assert encode_topk(given[:0], W, b, 9).values.dtype == wide
 
 
 def test_half_weights_are_widened_once_for_many_chunks(small_chunks, monkeypatch):

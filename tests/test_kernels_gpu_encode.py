@@ -429,8 +429,10 @@ def test_encode_topk_keeps_the_contract(workspace, kind, tokens):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 3, 17])
-def test_encode_topk_multiplies_in_the_dtype_of_the_weights(small, dtype, tokens):
+@pytest.mark.parametrize("rounded", [False, True])
+def test_encode_topk_multiplies_half_with_half_and_float32_as_it_is(small, dtype, tokens, rounded):
     x, W, b = layer("random", tokens, 40, 70)
+    x = x.to(dtype) if rounded else x
     found = cpu(encode_topk(*to_device(x, W.to(dtype), b), 5))
     assert_topk(found, x, W.to(dtype), b, 5)
 

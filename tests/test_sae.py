@@ -132,14 +132,22 @@ def test_dataset_scale_is_positive(value):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_scores_are_float32_products_of_half_operands(dtype):
-    sae, x = make(dtype=dtype, kind="sae_plain", d_in=256), inputs(6, d_in=256, dtype=torch.float32)
-    z = sae.pre_activations(x)
-    exact = x.to(dtype).double() @ sae.W_enc.double().T + sae.b_enc.double()
-    assert z.dtype == torch.float32
+@pytest.mark.parametrize("given", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("kind", ["sae", "sae_plain"])
+def test_half_precision_weights_are_added_up_in_float32(dtype, given, kind):
+    """Products of two half-precision factors if the input is half precision too; otherwise the
+    input is taken as it is."""
+    sae, x = make(dtype=dtype, kind=kind, d_in=256), inputs(6, d_in=256, dtype=given)
+    read = x.float() if not sae.subtract_b_dec else x.float() - sae.b_dec.float()
+    read = read if given == torch.float32 else read.to(dtype)
+    exact = read.double() @ sae.W_enc.double().T + sae.b_enc.double()
+    z, code = sae.pre_activations(x), sae.encode(x)
+    assert z.dtype == code.values.dtype == torch.float32
     torch.testing.assert_close(z.double(), exact, rtol=1e-5, atol=1e-4)
     rounded = exact.to(dtype).double()  # what a half-precision linear layer would return
     assert (z - exact).abs().max() < 0.01 * (rounded - exact).abs().max()
+    picked = z.gather(-1, code.indices)
+    torch.testing.assert_close(code.values, picked.where(code.values > 0, 0))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from saert.kernels.dispatch import WIDENED
 from saert.kernels.encode import Encoded
 from saert.kernels.gpu.scores import SMALL_TOKENS, large_scores, small_scores
 from saert.kernels.gpu.select import Above, TopK
@@ -40,7 +41,8 @@ def encode_topk(
     Shapes depend on shapes alone and nothing waits for the device: it can be captured in a graph.
 
     Args:
-        x: float32 [T, d], already x − b_dec; rounded to the dtype of W_enc before the product.
+        x: [T, d], already x − b_dec: in the dtype of W_enc, or float32 with half-precision W_enc,
+            which is then widened, a chunk of latents at a time.
         W_enc: float32, bfloat16 or float16 [n, d]; rows may be strided.
         bias: [n], added in float32.
         k: 1 to `select.MAX_K`, and may exceed n: slots without a positive score stay unused.
@@ -139,13 +141,15 @@ class _Product:
         workspace_bytes: int,
     ):
         _check(x, W_enc, bias, weight)
-        self.x, self.W_enc = x.to(W_enc.dtype).contiguous(), W_enc
+        self.x, self.W_enc = x.contiguous(), W_enc
         self.bias = None if bias is None else bias.contiguous()
         self.weight = None if weight is None else weight.contiguous()
         tokens, n = x.shape[0], W_enc.shape[0]
         words = workspace_bytes // 4
         # A full chunk of tokens first, as many latents as fit, then more tokens if n was small.
         width = max(1, min(n, words // max(1, min(tokens, CHUNK_TOKENS))))
+        if x.dtype != W_enc.dtype and tokens > SMALL_TOKENS:  # large_scores widens so many rows
+            width = min(width, max(1, WIDENED // (4 * max(1, x.shape[1]))))
         self.width = width if width == n or width < ALIGN else width // ALIGN * ALIGN
         self.tokens = max(1, min(tokens, words // self.width))
         stride = triton.cdiv(self.width, ALIGN) * ALIGN
@@ -169,8 +173,9 @@ class _Product:
 
 
 def _check(x: Tensor, W_enc: Tensor, bias: Tensor | None, weight: Tensor | None) -> None:
-    if x.dtype != torch.float32 or W_enc.dtype not in (torch.float32, *HALF):
-        wanted = "x is float32 and W_enc float32, bfloat16 or float16"
+    fits = x.dtype in (torch.float32, W_enc.dtype)
+    if not fits or W_enc.dtype not in (torch.float32, *HALF):
+        wanted = "W_enc is float32, bfloat16 or float16, x the same or float32"
         raise TypeError(f"{wanted}, found {x.dtype} and {W_enc.dtype}")
     if x.dim() != 2 or W_enc.dim() != 2 or x.shape[1] != W_enc.shape[1]:
         raise ValueError(f"x [T, d] and W_enc [n, d], found {list(x.shape)}, {list(W_enc.shape)}")

@@ -68,7 +68,7 @@ def _few_tokens(
         w_mask = (at < d)[:, None] & (latent < n)[None, :]
         xs = tl.load(x_rows + at[None, :], mask=x_mask, other=0.0)  # [BLOCK_T, BLOCK_D]
         ws = tl.load(w_rows + at[:, None], mask=w_mask, other=0.0)  # [BLOCK_D, BLOCK_N]
-        if WIDEN:  # the interpreter multiplies the raw bits of bfloat16
+        if WIDEN:
             xs, ws = xs.to(tl.float32), ws.to(tl.float32)
         scores = tl.dot(xs, ws, scores, input_precision="ieee")
     if HAS_BIAS:
@@ -78,7 +78,9 @@ def _few_tokens(
 
 
 def small_scores(x: Tensor, W_enc: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """x [T, d] and W_enc [n, d] of one dtype, T <= 16, bias [n] -> out float32 [T, n], returned.
+    """x [T, d] and W_enc [n, d], T <= 16, bias [n] -> out float32 [T, n], returned.
+
+    x has the dtype of W_enc, or is float32: then W_enc is widened on its way.
 
     Rows may be strided (a slice of a wider workspace), elements of a row may not.
     """
@@ -96,22 +98,25 @@ def small_scores(x: Tensor, W_enc: Tensor, bias: Tensor | None, out: Tensor) -> 
         return out
     _few_tokens[(triton.cdiv(n, FEW_LATENTS),)](
         x, W_enc, bias, out, tokens, n, d, x.stride(0), W_enc.stride(0), out.stride(0),
-        HAS_BIAS=bias is not None, WIDEN=not isinstance(_few_tokens, triton.JITFunction),
+        # the interpreter multiplies the raw bits of bfloat16
+        HAS_BIAS=bias is not None,
+        WIDEN=x.dtype != W_enc.dtype or not isinstance(_few_tokens, triton.JITFunction),
         BLOCK_T=SMALL_TOKENS, BLOCK_N=FEW_LATENTS,
-        BLOCK_D=FEW_D_HALF if W_enc.dtype in HALF else FEW_D_FLOAT, num_warps=WARPS,
+        BLOCK_D=FEW_D_HALF if x.dtype in HALF else FEW_D_FLOAT, num_warps=WARPS,
     )  # fmt: skip
     return out
 
 
 def large_scores(x: Tensor, W_rows: Tensor, out: Tensor) -> Tensor:
-    """x [T, d] and W_rows [n, d] of one dtype -> out float32 [T, n], rows may be strided; returned.
+    """x [T, d] and W_rows [n, d] -> out float32 [T, n], rows may be strided; returned.
 
+    x has the dtype of W_rows, or is float32: then W_rows is widened.
     Autocast, TF32 and reductions below float32 are off for the duration and then as they were.
     """
     with torch.no_grad(), no_autocast(x), _full_precision():
         if W_rows.dtype not in HALF:
             return torch.mm(x, W_rows.T, out=out)
-        if _half_to_float32(x.device, x.dtype):
+        if x.dtype in HALF and _half_to_float32(x.device, x.dtype):
             return torch.mm(x, W_rows.T, out_dtype=torch.float32, out=out)
         return torch.mm(x.float(), W_rows.float().T, out=out)  # a chunk's copy, not W's
 

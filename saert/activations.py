@@ -1,7 +1,9 @@
 """Activations: pre-activations in, sparse activations out.
 
-Every activation but TopK is *per latent*: f_i depends on the pre-activation of latent i alone.
-An edit of a few latents then needs a few dot products and no ranking (DESIGN, the delta law).
+ReLU, JumpReLU, BatchTopK and Gated are *per latent*: f_i depends on the pre-activation of latent i
+alone. An edit of a few latents then needs a few dot products and no ranking (DESIGN, the delta
+law). TopK, AbsTopK, GroupMax and MatchingPursuit look at the other latents too. Activations are
+never negative, but for AbsTopK's.
 
 `weight` is ‖W_dec[i]‖ for SAEs that select by decoder-norm-weighted score (Llama Scope):
 the selection looks at relu(pre)·weight, the kept values are the plain pre-activations.
@@ -10,6 +12,7 @@ the selection looks at relu(pre)·weight, the kept values are the plain pre-acti
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -28,6 +31,7 @@ class Activation(nn.Module):
 
     per_latent: ClassVar[bool] = True
     shared_allowed: ClassVar[bool] = True  # whether one number may serve all latents
+    signed: ClassVar[bool] = False  # whether activations may be negative
 
     def forward(self, pre: Tensor, weight: Tensor | None = None) -> Tensor:
         """Dense activations [*tokens, num_latents]."""
@@ -56,25 +60,18 @@ class Activation(nn.Module):
             if not isinstance(level, Tensor):
                 weight = None  # zero is passed whatever the score is multiplied by
             return encode_threshold(x, W_enc, b_enc, level, b_dec=b_dec, weight=weight)
-        wide = accumulation_dtype(W_enc.dtype)
-        flat = x.reshape(-1, x.shape[-1]).to(wide)
-        flat = flat if b_dec is None else flat - b_dec.to(wide)
-        codes, nan = [], []
-        for part in flat.split(dispatch.tokens_per_chunk(W_enc.shape[0], wide)):
+
+        def encoded(part: Tensor) -> tuple[SparseCode, Tensor]:
             pre = linear_scores(part, W_enc, b_enc)
-            codes.append(self.encode(pre, weight))
-            nan.append(pre.isnan().any(-1))
-        code, tokens = SparseCode.cat(codes, dim=0), x.shape[:-1]
-        shape = (*tokens, code.k)
-        return Encoded(
-            code.indices.view(shape), code.values.view(shape), torch.cat(nan).view(tokens)
-        )
+            return self.encode(pre, weight), pre.isnan().any(-1)
+
+        return chunked(x, W_enc, b_dec, encoded)
 
     def at(self, pre: Tensor, latents: Tensor | None, weight: Tensor | None = None) -> Tensor:
         """Activations of `latents` (int64 [..., E]; None: all) from their pre-activations.
 
-        `pre` and `weight` hold those latents only. Raises NotImplementedError for TopK, whose
-        activations depend on every other latent.
+        `pre` and `weight` hold those latents only. Raises NotImplementedError for activations that
+        depend on other latents too.
         """
         raise NotImplementedError(f"{type(self).__name__} is not a per-latent activation")
 
@@ -95,31 +92,50 @@ class Activation(nn.Module):
         return ", ".join(f"{n}={_brief(t)}" for n, t in tensors)
 
 
-class TopK(Activation):
-    """Keep the k largest pre-activations of each token, then ReLU (Gao et al. 2024, section 2.3).
-
-    A token with fewer than k positive pre-activations has fewer than k active latents.
-    """
+class _PerToken(Activation):
+    """At most k latents a token, chosen by comparing them with each other."""
 
     per_latent = False
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        if isinstance(k, bool) or not (isinstance(k, int) and k >= 1):
-            raise ValueError(f"TopK: k is {k!r}, expected an integer of at least 1")
-        self.k = k
+        self.k = count(f"{type(self).__name__}: k", k)
 
     def forward(self, pre: Tensor, weight: Tensor | None = None) -> Tensor:
         return self.encode(pre, weight).to_dense()
 
     def encode(self, pre: Tensor, weight: Tensor | None = None) -> SparseCode:
-        ranks = pre.detach() if weight is None else pre.detach().relu() * weight.detach()
-        k = min(self.k, pre.shape[-1])
-        best, indices = topk(ranks.reshape(-1, ranks.shape[-1]), k)
-        shape = (*pre.shape[:-1], k)
-        unused, indices = (best <= 0).view(shape), indices.view(shape)  # NaN is kept, to be seen
+        ranks = self._ranks(pre.detach(), None if weight is None else weight.detach())
+        flat = ranks.reshape(-1, ranks.shape[-1])
+        best, indices = (t.view(*pre.shape[:-1], t.shape[1]) for t in self._best(flat))
+        unused = best <= 0  # NaN is kept, to be seen
         values = pre.gather(-1, indices).masked_fill(unused, 0)
         return SparseCode(indices.masked_fill(unused, 0), values, pre.shape[-1])
+
+    def _ranks(self, pre: Tensor, weight: Tensor | None) -> Tensor:
+        """What latents are compared by; one at 0 or below is never kept."""
+        return pre.relu() if weight is None else pre.relu() * weight
+
+    def _best(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """Of ranks [T, num_latents], those that are kept: values and latents [T, k], descending."""
+        best, indices = topk(ranks, min(self.k, ranks.shape[-1]))
+        return best, indices
+
+    def check(self, num_latents: int) -> None:
+        if self.k > num_latents:
+            raise ValueError(
+                f"{type(self).__name__}: k is {self.k}, but there are only {num_latents} latents"
+            )
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
+
+
+class TopK(_PerToken):
+    """Keep the k largest pre-activations of each token, then ReLU (Gao et al. 2024, section 2.3).
+
+    A token with fewer than k positive pre-activations has fewer than k active latents.
+    """
 
     def encode_input(
         self,
@@ -131,12 +147,36 @@ class TopK(Activation):
     ) -> Encoded:
         return encode_topk(x, W_enc, b_enc, self.k, b_dec=b_dec, weight=weight)
 
-    def check(self, num_latents: int) -> None:
-        if self.k > num_latents:
-            raise ValueError(f"TopK: k is {self.k}, but there are only {num_latents} latents")
 
-    def extra_repr(self) -> str:
-        return f"k={self.k}"
+class AbsTopK(_PerToken):
+    """Keep the k pre-activations of largest magnitude of each token, signs and all: a latent fires
+    in either direction (arXiv 2510.00404; SAELens `abstopk`). `weight` ranks by |pre| · weight.
+
+    What presumes activations of at least 0 (`refine`, `feature_index`) refuses it.
+    """
+
+    signed = True
+
+    def _ranks(self, pre: Tensor, weight: Tensor | None) -> Tensor:
+        return pre.abs() if weight is None else pre.abs() * weight
+
+
+class GroupMax(_PerToken):
+    """The largest pre-activation, if positive, of each of k groups of num_latents / k neighbours
+    (EleutherAI sparsify `groupmax`).
+    """
+
+    def _best(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
+        best, indices = ranks.unflatten(-1, (self.k, -1)).max(dim=-1)
+        best, groups = best.sort(dim=-1, descending=True, stable=True)
+        return best, indices.gather(-1, groups) + groups * (ranks.shape[-1] // self.k)
+
+    def check(self, num_latents: int) -> None:
+        super().check(num_latents)
+        if num_latents % self.k:
+            raise ValueError(
+                f"GroupMax: {num_latents} latents do not divide into k = {self.k} equal groups"
+            )
 
 
 class ReLU(Activation):
@@ -211,6 +251,30 @@ class Gated(Activation):
             _take(t, latents).to(pre.dtype) for t in (self.b_gate, self.b_mag, self.r_mag)
         )
         return (pre + b_gate > 0) * (pre * r_mag.exp() + b_mag).relu()
+
+
+def chunked(
+    x: Tensor,
+    W_enc: Tensor,
+    b_dec: Tensor | None,
+    encoded: Callable[[Tensor], tuple[SparseCode, Tensor]],
+) -> Encoded:
+    """Codes and NaN flags of x − b_dec [*tokens, d_in], a few tokens [T, d_in] at a time."""
+    wide = accumulation_dtype(W_enc.dtype)
+    flat = x.reshape(-1, x.shape[-1]).to(wide)
+    flat = flat if b_dec is None else flat - b_dec.to(wide)
+    parts = [encoded(p) for p in flat.split(dispatch.tokens_per_chunk(W_enc.shape[0], wide))]
+    code, tokens = SparseCode.cat([one for one, _ in parts], dim=0), x.shape[:-1]
+    shape = (*tokens, code.k)
+    nan = torch.cat([flag for _, flag in parts]).view(tokens)
+    return Encoded(code.indices.view(shape), code.values.view(shape), nan)
+
+
+def count(name: str, value: int) -> int:
+    """A number of things, checked."""
+    if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+    return value
 
 
 def _take(parameter: Tensor, latents: Tensor | None) -> Tensor:

@@ -8,12 +8,10 @@ from typing import Any
 from torch import nn
 
 from saert.hookpoint import Hookpoint, unwrap
+from saert.model_names import ALIASES
 from saert.sae import SAE
+from saert.transforms import NoTransform
 
-# names that other libraries use for Hub models
-ALIASES = {
-    "gpt2-small": "gpt2",
-}
 CONFIG_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
@@ -25,6 +23,7 @@ def check_model(model: nn.Module, sae: SAE, at: Hookpoint, strict: bool) -> None
     """
     if not strict:
         return
+    _check_reading(sae, at)
     config = getattr(unwrap(model)[1], "config", None)
     if config is None:
         return
@@ -44,6 +43,23 @@ def check_model(model: nn.Module, sae: SAE, at: Hookpoint, strict: bool) -> None
         raise ValueError(_refusal(sae, at, f"the model is {found!r}"))
 
 
+def _check_reading(sae: SAE, at: Hookpoint) -> None:
+    """An SAE whose files leave out how its input is transformed would give other numbers."""
+    if not isinstance(sae.input_transform, NoTransform):
+        return
+    if name := sae.metadata.get("load_as"):
+        raise ValueError(
+            f"the SAE at {at} reads another tensor than its files say: load it by its short name, "
+            f"{name}, or pass strict=False to attach it as it is"
+        )
+    if sae.metadata.get("reads_centred"):
+        raise ValueError(
+            f"the SAE at {at} was trained on a residual stream without its mean (TransformerLens' "
+            "centred writing weights): set sae.input_transform = MeanCentre(), or pass "
+            "strict=False to attach it as it is"
+        )
+
+
 def _refusal(sae: SAE, at: Hookpoint, found: str) -> str:
     name = sae.metadata.get("base_model", "another model")
     return (
@@ -54,4 +70,4 @@ def _refusal(sae: SAE, at: Hookpoint, found: str) -> str:
 
 def _plain(name: str) -> str:
     last = name.rstrip("/").rpartition("/")[2].lower()
-    return ALIASES.get(last, last)
+    return ALIASES.get(last, last).rpartition("/")[2].lower()

@@ -78,7 +78,8 @@ def refine(
 
     Raises:
         ValueError: shapes, devices or dictionaries that contradict each other, negative values, NaN
-            or inf, a transcoder without a target, another SAE with one.
+            or inf, an SAE with signed activations, a transcoder without a target, another SAE with
+            one.
 
     >>> found = refine(sae, torch.randn(8, sae.d_in))
     >>> found.fvu_after <= found.fvu_before
@@ -88,6 +89,7 @@ def refine(
         raise ValueError(
             f"refine: max_steps is {max_steps} and tol is {tol}, expected neither to be negative"
         )
+    _refuse_signed(sae)
     y = _target(sae, x, target)
     code = sae.encode(x) if code is None else code
     _check_code(sae, x, code)
@@ -112,6 +114,7 @@ def refit(
     x [*tokens, d_in] is what was read, y [*tokens, d_out] what should be written. Not
     differentiable: a backward pass through the values raises RuntimeError.
     """
+    _refuse_signed(sae)
     t = unexplained(sae, x, y)
     return _refit(code.indices, code.values, sae.W_dec, t, max_steps, tol)
 
@@ -151,6 +154,14 @@ def _total(x: Tensor) -> Tensor:
 
 
 # -- what is refused -------------------------------------------------------------------------------
+
+
+def _refuse_signed(sae: SAE) -> None:
+    if sae.activation.signed:
+        raise ValueError(
+            f"refine: {type(sae.activation).__name__} gives signed activations, but refinement is "
+            "defined for activations of at least 0"
+        )
 
 
 def _target(sae: SAE, x: Tensor, target: Tensor | None) -> Tensor:

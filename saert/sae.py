@@ -90,7 +90,8 @@ class SAE(nn.Module):
         Args:
             W_enc, W_dec: [num_latents, d_in] and [num_latents, d_out].
             b_enc, b_dec: [num_latents] and [d_out].
-            activation: TopK, BatchTopK, JumpReLU, ReLU or Gated.
+            activation: TopK, BatchTopK, JumpReLU, ReLU, Gated, AbsTopK, GroupMax or
+                MatchingPursuit.
             hookpoint: where it reads, in any spelling; target_hookpoint: where it writes, if
                 elsewhere (a transcoder).
             input_transform: one of `saert.transforms`; None reads the hidden state as it is.
@@ -292,14 +293,23 @@ class SAE(nn.Module):
         return self._decoder_norm
 
     def _norms(self) -> Tensor:
-        norms: Tensor = self.W_dec.to(accumulation_dtype(self.dtype)).norm(dim=-1)
+        wide = accumulation_dtype(self.dtype)
+        if self.dtype == wide:
+            exact: Tensor = self.W_dec.norm(dim=-1)
+            return exact
+        # a few rows at a time: widened whole, half-precision weights would need thrice their memory
+        norms = self.W_dec.new_empty(self.num_latents, dtype=wide)
+        for start in range(0, self.num_latents, 1024):
+            rows = slice(start, start + 1024)
+            norms[rows] = self.W_dec[rows].to(wide).norm(dim=-1)
         return norms
 
     def train(self, mode: bool = True) -> SAE:
         """Training recomputes the decoder norms at every step; evaluation keeps them."""
         super().train(mode)
         fixed = self.select_by_decoder_norm and not mode
-        self._decoder_norm = self._norms().detach() if fixed else None
+        with torch.no_grad():
+            self._decoder_norm = self._norms() if fixed else None
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> SAE:
@@ -379,7 +389,13 @@ def _check_weights(
         if not tensor.is_floating_point():
             raise ValueError(f"SAE: {name} is {tensor.dtype}, expected a floating dtype")
         if tensor.dtype != W_enc.dtype:
-            raise ValueError(f"SAE: {name} is {tensor.dtype}, but W_enc is {W_enc.dtype}")
-        if not tensor.isfinite().all():
+            raise ValueError(
+                f"SAE: {name} is {tensor.dtype}, but W_enc is {W_enc.dtype}; expected one dtype "
+                "(load(…, dtype=torch.float32) reads them alike)"
+            )
+        # the extremes keep NaN and inf, and need no copy: `isfinite` takes twenty times longer
+        if tensor.is_meta or not tensor.numel():
+            continue
+        if not torch.stack(tensor.detach().aminmax()).isfinite().all():
             bad = int((~tensor.isfinite()).sum())
             raise ValueError(f"SAE: {name} contains NaN or inf ({bad} of {tensor.numel()} entries)")

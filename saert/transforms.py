@@ -61,17 +61,19 @@ class LayerNorm(InputTransform):
     """(x - mean) / (std + eps), std with Bessel's correction; undone by · std + mean.
 
     OpenAI's and SAELens' flavour (openai/sparse_autoencoder model.py), not `F.layer_norm`: eps is
-    added to the std on the way in, and left out on the way back.
+    added to the std on the way in, and left out on the way back unless `eps_on_return` (OpenSAE).
     """
 
     eps: float = 1e-5
+    eps_on_return: bool = False
 
     def __call__(self, x: Tensor) -> Transformed:
         mean = x.mean(-1, keepdim=True)
         centred = x - mean
         # Tensor.std warns about an input without tokens; a square root has no gradient at zero
         std = centred.std(-1, keepdim=True) if x.numel() else mean
-        return Transformed(centred / (std + self.eps), mean, std)
+        scale = std + self.eps
+        return Transformed(centred / scale, mean, scale if self.eps_on_return else std)
 
 
 @dataclass(frozen=True)

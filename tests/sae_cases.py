@@ -12,7 +12,16 @@ import math
 import torch
 from torch import Tensor
 
-from saert.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from saert.activations import (
+    AbsTopK,
+    Activation,
+    BatchTopK,
+    Gated,
+    GroupMax,
+    JumpReLU,
+    ReLU,
+    TopK,
+)
 from saert.sae import SAE
 from saert.transforms import (
     DatasetScale,
@@ -26,6 +35,7 @@ from saert.transforms import (
 D_IN, D_OUT, LATENTS, K = 10, 7, 24, 5
 
 ACTIVATIONS = ["relu", "jumprelu", "jumprelu_scalar", "topk", "batchtopk", "gated"]
+RANKED = ["abstopk", "groupmax"]  # compared with other latents, as "topk" is
 TRANSFORMS: dict[str, InputTransform] = {
     "none": NoTransform(),
     "layer_norm": LayerNorm(),
@@ -55,6 +65,8 @@ def activation(name: str, n: int = LATENTS, dtype: torch.dtype = torch.float64) 
         "jumprelu": lambda: JumpReLU(rand[0] * 0.8),
         "jumprelu_scalar": lambda: JumpReLU(torch.tensor(0.4, dtype=dtype)),
         "topk": lambda: TopK(min(K, n)),
+        "abstopk": lambda: AbsTopK(min(K, n)),
+        "groupmax": lambda: GroupMax(next(k for k in (4, 3, 2, 1) if n % k == 0)),
         "batchtopk": lambda: BatchTopK(torch.tensor(0.3, dtype=dtype)),
         "gated": lambda: Gated(rand[1] - 0.5, rand[2] - 0.3, rand[3] - 0.5),
     }[name]()
@@ -142,6 +154,13 @@ def activate(act: Activation, z: Tensor, norm: Tensor | None = None) -> Tensor:
         case TopK(k=k):
             kth = score.sort(-1, descending=True).values[..., k - 1, None]
             return torch.where((score >= kth) & (z > 0), z, zero)
+        case AbsTopK(k=k):
+            kth = score.abs().sort(-1, descending=True).values[..., k - 1, None]
+            return torch.where(score.abs() >= kth, z, zero)
+        case GroupMax(k=k):
+            groups = score.reshape(*score.shape[:-1], k, -1)
+            best = groups.amax(-1, keepdim=True).expand(groups.shape).reshape(score.shape)
+            return torch.where((score == best) & (z > 0), z, zero)
         case JumpReLU():
             return torch.where((score > act.threshold.double()) & (z > 0), z, zero)
         case Gated():

@@ -230,7 +230,7 @@ def test_steering_never_encodes(monkeypatch, kind, transform):
     def refuse(*_args, **_kwargs):
         raise AssertionError("the SAE was read")
 
-    for name in ("encode", "activations", "pre_activations", "_scores"):
+    for name in ("encode", "activations", "pre_activations"):
         monkeypatch.setattr(sae, name, refuse)
     assert not plan.reads_code
     source = x if sae.is_transcoder else None
@@ -254,8 +254,8 @@ def test_editing_few_latents_of_a_per_latent_sae_does_not_encode(monkeypatch, ac
     plan = plan_of([times(3, 2.0), ablate(5)], sae)
     monkeypatch.setattr(sae, "encode", None)
     widths = []
-    score = sae._scores
-    monkeypatch.setattr(sae, "_scores", lambda x, i=None: widths.append(i) or score(x, i))
+    score = sae.pre_activations
+    monkeypatch.setattr(sae, "pre_activations", lambda x, i=None: widths.append(i) or score(x, i))
     edit(x, sae, plan)
     assert widths
     assert all(latents is not None for latents in widths)

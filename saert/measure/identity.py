@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saert.pursuit import MatchingPursuit
 from saert.sae import SAE
 
 SAMPLE = 4096  # elements looked at in each tensor
@@ -33,6 +34,7 @@ def sae_identity(sae: SAE) -> dict[str, str]:
     kind = {
         "activation": type(sae.activation).__name__,
         "k": getattr(sae.activation, "k", None),
+        **({"steps": repr(sae.activation)} if isinstance(sae.activation, MatchingPursuit) else {}),
         "input_transform": repr(sae.input_transform),
         "subtract_b_dec": sae.subtract_b_dec,
         "select_by_decoder_norm": sae.select_by_decoder_norm,

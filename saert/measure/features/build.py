@@ -95,6 +95,11 @@ def feature_index(
     >>> index.card(17).top[0].strings
     """
     read_at, write_at = sites(sae)
+    if sae.activation.signed:
+        raise ValueError(
+            f"feature_index: {type(sae.activation).__name__} gives signed activations, but cards "
+            "are made of activations of at least 0"
+        )
     for name, value in (("splits", splits), ("shard_tokens", shard_tokens), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")

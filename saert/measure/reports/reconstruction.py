@@ -130,10 +130,10 @@ class Reconstruction:
 
     def add(self, y: Tensor, estimate: Tensor, code: SparseCode, positions: Tensor) -> None:
         """y and estimate [tokens, d_out], code [tokens, k], positions int64 [tokens]."""
-        active = code.values > 0
+        active = code.values != 0
         latents = code.indices[active].cpu()
         self.count += torch.bincount(latents, minlength=len(self.count))
-        self.fired[code.indices[code.values > ALIVE].cpu()] = True
+        self.fired[code.indices[code.values.abs() > ALIVE].cpu()] = True
         l0 = active.sum(-1)
         found = torch.bincount(l0.cpu(), minlength=len(self.l0_counts))
         self.l0_counts = F.pad(self.l0_counts, (0, len(found) - len(self.l0_counts))) + found

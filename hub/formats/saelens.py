@@ -10,19 +10,28 @@ architecture "saert", which SAELens refuses instead of computing something else.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import re
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from saert.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
-from saert.hookpoint import TRANSFORMER_LENS, Hookpoint, HookpointError
-from saert.kernels.numerics import accumulation_dtype
+from saert.activations import (
+    AbsTopK,
+    Activation,
+    BatchTopK,
+    Gated,
+    GroupMax,
+    JumpReLU,
+    ReLU,
+    TopK,
+)
+from saert.hookpoint import Hookpoint
+from saert.hub.checkpoint import Checkpoint, Family, parse_hookpoint
+from saert.hub.formats.hooks import module_hook
+from saert.model_names import hub_id
+from saert.pursuit import MatchingPursuit
 from saert.sae import SAE
 from saert.transforms import (
     DatasetScale,
@@ -35,7 +44,6 @@ from saert.transforms import (
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 LAYOUT_VERSION = "6.0.0"  # the first SAELens release with this layout
-_COLUMNS = 4096  # W_enc is transposed this many latents at a time, to bound the copy
 
 TRANSFORMS: dict[str, type[InputTransform]] = {
     "none": NoTransform,
@@ -49,7 +57,7 @@ OWN_TRANSFORMS: dict[str, type[InputTransform]] = {
 }
 COMMON = {
     "architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input",
-    "normalize_activations", "reshape_activations", "metadata",
+    "normalize_activations", "reshape_activations", "metadata", "sae_lens_version",
 }  # fmt: skip
 TRANSCODERS = {
     "transcoder": ("standard", False),
@@ -57,337 +65,282 @@ TRANSCODERS = {
     "jumprelu_transcoder": ("jumprelu", False),
     "jumprelu_skip_transcoder": ("jumprelu", True),
 }
+RESCALE = "rescale_acts_by_decoder_norm"
+PURSUIT = {"residual_threshold", "max_iterations", "stop_on_duplicate_support"}
 EXTRA_KEYS = {
     "standard": set[str](),
-    "topk": {"k", "rescale_acts_by_decoder_norm"},
+    "topk": {"k", RESCALE},
+    "abstopk": {"k", RESCALE},
     "jumprelu": set[str](),
     "gated": set[str](),
+    "matching_pursuit": PURSUIT,
     **{name: {"d_out"} for name in TRANSCODERS},
     "saert": {"saert", "d_out"},
 }
-TENSORS = {
+LOSS = {"decoder_init_norm", "l1_coefficient", "l1_warm_up_steps"}
+TOPK_LOSS = {"decoder_init_norm", "aux_loss_coefficient", "use_sparse_activations"}
+TRAINING_KEYS = {  # of SAELens' checkpoints of a run under way; they shape its loss alone
+    "standard": LOSS | {"lp_norm"},
+    "gated": LOSS,
+    "topk": TOPK_LOSS,
+    "abstopk": TOPK_LOSS,
+    "jumprelu": {
+        "decoder_init_norm", "jumprelu_init_threshold", "jumprelu_bandwidth",
+        "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale", "jumprelu_ste_to_input",
+        "l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient", "target_l0",
+    },
+    "matching_pursuit": {"decoder_init_norm"},
+}  # fmt: skip
+TENSORS = {  # of an activation, beside W_enc, W_dec and b_dec
     "standard": {"b_enc"},
     "topk": {"b_enc"},
+    "abstopk": {"b_enc"},
+    "groupmax": {"b_enc"},
     "jumprelu": {"b_enc", "threshold"},
     "gated": {"b_gate", "b_mag", "r_mag"},
+    "matching_pursuit": set[str](),
+}
+OWN_SETTINGS = {
+    "topk": {"k"}, "abstopk": {"k"}, "groupmax": {"k"}, "matching_pursuit": PURSUIT,
+}  # fmt: skip
+WRITTEN = {"embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"}
+RMS_NORMS = r"(meta-|tiny)?(gemma|llama|mistral|mixtral|qwen|phi-[34]|olmo-[23]|deepseek|gpt-oss)"
+UNREADABLE = {
+    "temporal": "its code of a token depends on the tokens before it (attn_layers), and an SAE "
+    "here encodes every token by itself: that would need an encoder of sequences",
+    "batchtopk": "a training checkpoint: write it with SAELens' save_inference_model",
+    "matryoshka_batchtopk": "a training checkpoint: write it with SAELens' save_inference_model",
 }
 
 
-class FormatError(ValueError):
-    """A checkpoint that cannot be read without guessing; says what was found and expected."""
+def is_version_6(c: Checkpoint) -> bool:
+    """Whether a config says that SAELens 6 or later wrote it."""
+    return is_6(version(c.configs[CONFIG]))
 
 
-# -- reading -----------------------------------------------------------------------------------
+def is_6(name: str) -> bool:
+    """Whether a SAELens version is 6 or later."""
+    major = name.partition(".")[0]
+    return major.isdigit() and int(major) >= 6
 
 
-def read(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> SAE:
-    """An SAE from a folder with `cfg.json` and `sae_weights.safetensors`.
+def version(config: Mapping[str, Any]) -> str:
+    """The SAELens version that a config names, "" if none."""
+    metadata = config.get("metadata")
+    inner = metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
+    return str(config.get("sae_lens_version") or inner or "")
 
-    Weights keep their stored dtype unless `dtype` is given. Raises FormatError for an unknown
-    architecture or key, a missing or extra tensor, or a shape that contradicts the config.
+
+def read(c: Checkpoint) -> SAE:
+    """SAELens 6 and saert's own extension of it.
+
+    Refuses an unknown architecture or key, a missing or extra tensor, and a shape that contradicts
+    the config.
     """
-    config = _read_config(folder / CONFIG)
-    architecture = config["architecture"]
-    own = config.get("saert", {}) if architecture == "saert" else None
+    config = c.configs[CONFIG]
+    found = config.get("metadata") or {}
+    if not isinstance(found, dict):
+        raise c.error(f"{CONFIG}: metadata is a {type(found).__name__}, expected an object")
+    name = "saert" if config.get("architecture") == "saert" else "SAELens"
+    return build(c, facts(found) | {"format": name})
+
+
+def facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata in SAELens' words, and what saert calls the same."""
+    known = dict(metadata)
+    if model := known.get("model_name"):
+        known.setdefault("base_model", hub_id(str(model)))
+    if dataset := known.get("dataset_path"):
+        known.setdefault("dataset", dataset)
+    return known
+
+
+def build(c: Checkpoint, metadata: dict[str, Any], ignored: frozenset[str] = frozenset()) -> SAE:
+    """The SAE of a config in the words of SAELens 6; tensors that are `ignored` may be there."""
+    config, architecture = c.configs[CONFIG], _architecture(c)
+    own: Mapping[str, Any] | None = config.get("saert", {}) if architecture == "saert" else None
     kind, has_skip = TRANSCODERS.get(architecture, (architecture, False))
     if own is not None:
-        kind, has_skip = _own_kind(own), bool(own.get("W_skip", False))
-    tensors = _read_tensors(folder / WEIGHTS, kind, has_skip, own, device, dtype)
-    _check_sizes(config, tensors, folder)
-    metadata = dict(config.get("metadata") or {})
+        kind, has_skip = _own_kind(c, own), bool(own.get("W_skip", False))
+    tensors = _tensors(c, kind, has_skip, own is not None, ignored)
     transcodes = architecture in TRANSCODERS or "hook_name_out" in metadata
-    read_at = _hookpoint(metadata, "hook_name")
-    write_at = _target(metadata) if transcodes else None
-    if "model_name" in metadata:
-        metadata.setdefault("base_model", metadata["model_name"])
-    rescale = bool(config.get("rescale_acts_by_decoder_norm", False))
-    if rescale:  # their latents keep the factor and their decoder divides it out: fold it in
-        norm = tensors["W_dec"].norm(dim=-1)
-        tensors["W_enc"] *= norm[:, None]
-        tensors["W_dec"] /= norm[:, None]
-        if "b_enc" in tensors:
-            tensors["b_enc"] *= norm
+    hookpoint = _hookpoint(metadata)
+    if _reads_centred(metadata, hookpoint):
+        metadata["reads_centred"] = True
+    subtract = bool(config["apply_b_dec_to_input"])
+    if kind == "matching_pursuit" and own is None:
+        tensors["W_enc"] = tensors["W_dec"]
+        if not subtract:
+            tensors.pop("b_dec")  # neither subtracted nor added
     return SAE.from_weights(
         tensors["W_enc"],
         tensors["W_dec"],
         tensors.get("b_enc"),
         tensors.get("b_dec"),
-        activation=_activation(kind, config, own, tensors, metadata),
-        hookpoint=read_at,
-        target_hookpoint=write_at,
-        input_transform=_transform(config, own),
+        activation=_activation(config if own is None else own, kind, tensors, metadata),
+        hookpoint=hookpoint,
+        target_hookpoint=_target(c, metadata, tensors["W_dec"]) if transcodes else None,
+        input_transform=_transform(c, config, own),
         # SAELens writes the key for its transcoders too, and does not act on it
-        subtract_b_dec=bool(config["apply_b_dec_to_input"]) and (own is not None or not transcodes),
+        subtract_b_dec=subtract and (own is not None or not transcodes),
         W_skip=tensors.get("W_skip"),
         select_by_decoder_norm=bool(own and own.get("select_by_decoder_norm")),
         metadata=metadata,
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path.name}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"{path.name}: found a {type(config).__name__}, expected an object")
-    metadata = config.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        found = type(metadata).__name__
-        raise FormatError(f"{path.name}: metadata is a {found}, expected an object")
-    version = str(metadata.get("sae_lens_version") or config.get("sae_lens_version") or "0")
-    if not version.partition(".")[0].isdigit() or int(version.partition(".")[0]) < 6:
-        raise FormatError(
-            f"{path.name}: written by SAELens {version if version != '0' else 'before 6'}; this "
-            "version of saert reads the layout of SAELens 6 and later"
-        )
-    architecture = config.get("architecture")
-    if not isinstance(architecture, str) or architecture not in EXTRA_KEYS:
-        known = ", ".join(sorted(EXTRA_KEYS))
-        raise FormatError(f"{path.name}: architecture {architecture!r}, expected one of {known}")
-    allowed = COMMON | EXTRA_KEYS[architecture] | {"sae_lens_version"}
-    if unknown := sorted(set(config) - allowed):
-        raise FormatError(
-            f"{path.name}: unknown keys {unknown} for architecture {architecture!r}; ignoring them "
-            "could change the numbers"
-        )
-    if missing := sorted({"d_in", "d_sae", "apply_b_dec_to_input"} - set(config)):
-        raise FormatError(f"{path.name}: missing keys {missing}")
-    if config.get("reshape_activations", "none") not in ("none", "hook_z"):
-        raise FormatError(f"{path.name}: reshape_activations {config['reshape_activations']!r}")
-    return config
+def _architecture(c: Checkpoint) -> str:
+    """Refuse an architecture that is not read, and keys that do not belong to it."""
+    name = c.configs[CONFIG].get("architecture")
+    if isinstance(name, str) and name in UNREADABLE:
+        raise c.error(f"{CONFIG}: architecture {name!r}: {UNREADABLE[name]}")
+    if not isinstance(name, str) or name not in EXTRA_KEYS:
+        names = ", ".join(sorted(EXTRA_KEYS))
+        raise c.error(f"{CONFIG}: architecture {name!r}, expected one of {names}")
+    known = COMMON | EXTRA_KEYS[name] | TRAINING_KEYS.get(name, set())
+    c.expect_keys(CONFIG, {"d_in", "d_sae", "apply_b_dec_to_input"}, known)
+    c.expect_value(CONFIG, "apply_b_dec_to_input", True, False)
+    c.expect_value(CONFIG, "reshape_activations", "none", "hook_z", default="none")
+    if RESCALE in c.configs[CONFIG]:
+        c.expect_value(CONFIG, RESCALE, True, False)
+    if "k" in EXTRA_KEYS[name]:
+        c.integer(CONFIG, "k")
+    return name
 
 
-def _read_tensors(
-    path: Path,
-    kind: str,
-    has_skip: bool,
-    own: Mapping[str, Any] | None,
-    device: torch.device | str,
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    wanted = {"W_enc", "W_dec"} | TENSORS[kind]
-    wanted |= {"W_skip"} if has_skip else set()
-    optional = {"b_dec", "b_enc"} if own is not None else set()
-    wanted = (wanted - optional) if own is not None else wanted | {"b_dec"}
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        found = set(file.keys())
-        if found - wanted - optional or wanted - found:
-            raise FormatError(
-                f"{path.name}: found tensors {sorted(found)}, expected {sorted(wanted)}"
-            )
-        tensors = {name: file.get_tensor(name) for name in found if name != "W_enc"}
-        stored = file.get_slice("W_enc")
-        shape = stored.get_shape()
-        if len(shape) != 2:
-            raise FormatError(f"{path.name}: W_enc is {shape}, expected [d_in, num_latents]")
-        stored_dtype = stored[:, :0].dtype
-        W_enc = torch.empty(shape[1], shape[0], dtype=stored_dtype, device=device)
-        for start in range(0, shape[1], _COLUMNS):
-            W_enc[start : start + _COLUMNS] = stored[:, start : start + _COLUMNS].T
-    tensors["W_enc"] = W_enc
-    if dtype is None:
-        return tensors
-    # thresholds and gates are compared with float32 scores: rounding them would move latents
-    exact = {"threshold", "b_gate", "b_mag", "r_mag"}
-    wide = accumulation_dtype(dtype)
-    return {name: t.to(wide if name in exact else dtype) for name, t in tensors.items()}
-
-
-def _check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
-    declared = [config["d_sae"], config["d_in"]]
-    if (found := list(tensors["W_enc"].shape)) != declared:
-        raise FormatError(
-            f"{folder.name}/{CONFIG} declares d_sae, d_in = {declared}, but W_enc holds {found}"
-        )
-    d_out = config.get("d_out", config["d_in"])
-    if tensors["W_dec"].shape[-1] != d_out:
-        raise FormatError(
-            f"{folder.name}/{CONFIG} declares an output width of {d_out}, but W_dec holds "
-            f"{list(tensors['W_dec'].shape)}"
-        )
-
-
-def _hookpoint(metadata: Mapping[str, Any], key: str) -> Hookpoint | None:
-    """The hookpoint, or None where the name is one that no transformers module answers to.
-
-    The name stays in the metadata; `attach` then asks for a hookpoint, and says why.
-    """
-    name = metadata.get(key)
-    if not name:
-        return None
-    try:
-        return Hookpoint.parse(str(name))
-    except HookpointError:
-        return None
-
-
-def _target(metadata: Mapping[str, Any]) -> Hookpoint:
-    """Where a transcoder writes. Without it a square one could pass for an SAE: refuse."""
-    name = metadata.get("hook_name_out")
-    if not name:
-        raise FormatError(f"{CONFIG}: a transcoder without metadata.hook_name_out, where it writes")
-    try:
-        return Hookpoint.parse(str(name))
-    except HookpointError as error:
-        raise FormatError(f"{CONFIG}: metadata.hook_name_out: {error}") from None
-
-
-def _activation(
-    kind: str,
-    config: Mapping[str, Any],
-    own: Mapping[str, Any] | None,
-    tensors: dict[str, Tensor],
-    metadata: Mapping[str, Any],
-) -> Activation:
-    if kind == "topk":
-        k = config.get("k") if own is None else own.get("k")
-        if not isinstance(k, int):
-            raise FormatError(f"{CONFIG}: k is {k!r}, expected an integer")
-        return TopK(k)
-    if kind == "jumprelu":
-        threshold = tensors.pop("threshold")
-        constant = bool((threshold == threshold.flatten()[0]).all())
-        batch = "batchtopk" in str(metadata.get("training_architecture", ""))
-        return BatchTopK(threshold.flatten()[0]) if batch and constant else JumpReLU(threshold)
-    if kind == "gated":
-        return Gated(*(tensors.pop(name) for name in ("b_gate", "b_mag", "r_mag")))
-    return ReLU()
-
-
-def _transform(config: Mapping[str, Any], own: Mapping[str, Any] | None) -> InputTransform:
-    name = config.get("normalize_activations", "none") or "none"
-    options: dict[str, Any] = {}
-    if own is not None:
-        options = dict(own.get("input_transform", {"kind": "none"}))
-        name = options.pop("kind", "none")
-    if name == "expected_average_only_in":
-        return NoTransform()  # a training-time scale, folded into the weights before they are saved
-    known = TRANSFORMS if own is None else OWN_TRANSFORMS
-    if name not in known:
-        raise FormatError(
-            f"{CONFIG}: normalize_activations {name!r}, expected one of {', '.join(known)}"
-        )
-    try:
-        return known[name](**options)
-    except TypeError:
-        raise FormatError(f"{CONFIG}: unknown options {sorted(options)} of {name}") from None
-
-
-def _own_kind(own: Mapping[str, Any]) -> str:
+def _own_kind(c: Checkpoint, own: Mapping[str, Any]) -> str:
     kind = own.get("activation")
-    allowed = {"activation", "k", "W_skip", "input_transform", "select_by_decoder_norm"}
+    allowed = {"activation", "W_skip", "input_transform", "select_by_decoder_norm"}
+    allowed |= OWN_SETTINGS.get(str(kind), set())
     if kind not in TENSORS or set(own) - allowed:
-        raise FormatError(
+        raise c.error(
             f"{CONFIG}: found activation {kind!r} and keys {sorted(own)}, expected one of "
             f"{sorted(TENSORS)} and keys {sorted(allowed)}"
         )
     return str(kind)
 
 
-# -- writing -----------------------------------------------------------------------------------
-
-
-def write(sae: SAE, folder: Path) -> None:
-    """`cfg.json` and `sae_weights.safetensors` into a folder, made if it is missing."""
-    config, tensors = _describe(sae)
-    text = json.dumps(config, indent=2, ensure_ascii=False)  # may refuse the metadata: so first
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS
-    )
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-
-
-def _describe(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    kind, extra, tensors = _describe_activation(sae.activation, sae.num_latents)
-    tensors |= {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec}
-    optional = {"b_enc": sae.b_enc, "b_dec": sae.b_dec, "W_skip": sae.W_skip}
-    tensors |= {name: t for name, t in optional.items() if t is not None}
-    config = {
-        "architecture": kind,
-        "d_in": sae.d_in,
-        "d_sae": sae.num_latents,
-        "dtype": str(sae.dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": sae.subtract_b_dec,
-        "normalize_activations": _name(sae.input_transform, TRANSFORMS) or "none",
-        "reshape_activations": "hook_z" if _reads_heads(sae) else "none",
-        **extra,
-        "metadata": _metadata(sae),
+def _tensors(
+    c: Checkpoint, kind: str, has_skip: bool, own: bool, ignored: frozenset[str]
+) -> dict[str, Tensor]:
+    needed = {"W_enc", "W_dec", "b_dec"} | TENSORS[kind] | ({"W_skip"} if has_skip else set())
+    if kind == "matching_pursuit" and not own:
+        needed -= {"W_enc"}
+    optional = {"b_dec", "b_enc"} if own else set()
+    c.expect_tensors(needed - optional, optional | ignored)
+    d_in, num_latents = c.matrix("W_enc") if "W_enc" in needed else c.matrix("W_dec")[::-1]
+    c.expect_size(CONFIG, "d_in", d_in)
+    c.expect_size(CONFIG, "d_sae", num_latents)
+    c.expect_shape("W_dec", num_latents, c.configs[CONFIG].get("d_out", d_in))
+    if c.configs[CONFIG].get(RESCALE, False):
+        c.expect_shape("b_enc", num_latents)  # it is rescaled before `SAE` looks at it
+        return _folded(c)
+    compared = {"threshold", "b_gate", "b_mag", "r_mag"}
+    return {
+        name: c.tensors.get(name, transpose=name == "W_enc", compared=name in compared)
+        for name in c.tensors.names - ignored
     }
-    if not _expressible(sae):
-        transform = {"kind": _name(sae.input_transform, OWN_TRANSFORMS)} | vars(sae.input_transform)
-        config |= {
-            "architecture": "saert",
-            "d_out": sae.d_out,
-            "saert": {
-                "activation": kind,
-                "W_skip": sae.W_skip is not None,
-                "input_transform": transform,
-                "select_by_decoder_norm": sae.select_by_decoder_norm,
-                **({"k": extra["k"]} if kind == "topk" else {}),
-            },
-        }
-        for key in ("k", "rescale_acts_by_decoder_norm"):
-            config.pop(key, None)
-        return config, tensors
-    # SAELens has no SAE without biases
-    if kind != "gated":
-        tensors.setdefault("b_enc", sae.W_enc.new_zeros(sae.num_latents))
-    tensors.setdefault("b_dec", sae.W_dec.new_zeros(sae.d_out))
-    if sae.is_transcoder:
-        skip = sae.W_skip is not None
-        names = {value: name for name, value in TRANSCODERS.items()}
-        config |= {"architecture": names[kind, skip], "d_out": sae.d_out}
-    return config, tensors
 
 
-def _describe_activation(
-    activation: Activation, num_latents: int
-) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    if isinstance(activation, TopK):
-        return "topk", {"k": activation.k, "rescale_acts_by_decoder_norm": False}, {}
-    if isinstance(activation, JumpReLU):
-        return "jumprelu", {}, {"threshold": activation.threshold.expand(num_latents)}
-    if isinstance(activation, Gated):
-        names = ("b_gate", "b_mag", "r_mag")
-        return "gated", {}, {name: getattr(activation, name) for name in names}
-    return "standard", {}, {}
+def _folded(c: Checkpoint) -> dict[str, Tensor]:
+    """Their latents keep the norm of their decoder row, and their decoder divides it out: the same
+    with rows of norm 1 and an encoder that is as much longer."""
+    norm = c.tensors.row_norms("W_dec")
+    return {
+        "W_enc": c.tensors.scaled("W_enc", norm, transpose=True),
+        "W_dec": c.tensors.scaled("W_dec", 1 / norm.where(norm > 0, 1)),
+        "b_enc": c.tensors.cast(c.tensors.get("b_enc", exact=True) * norm),
+        "b_dec": c.tensors.cast(c.tensors.get("b_dec", exact=True)),
+    }
 
 
-def _expressible(sae: SAE) -> bool:
-    plain_transform = sae.input_transform in (NoTransform(), LayerNorm(), UnitNorm())
-    if not plain_transform or sae.select_by_decoder_norm:
+def _hookpoint(metadata: Mapping[str, Any], suffix: str = "") -> Hookpoint | None:
+    """Where it reads (or writes: "_out"), by TransformerLens' name or else by transformers'."""
+    if metadata.get(f"hook_head_index{suffix}") is not None:
+        return None  # one head of many: no module's input or output
+    theirs = metadata.get(f"hf_hook_name{suffix}")
+    return parse_hookpoint(metadata.get(f"hook_name{suffix}")) or parse_hookpoint(
+        module_hook(theirs) if isinstance(theirs, str) else None
+    )
+
+
+def _reads_centred(metadata: Mapping[str, Any], at: Hookpoint | None) -> bool:
+    """Whether TransformerLens had taken the mean out of what the model writes to this place."""
+    options = metadata.get("model_from_pretrained_kwargs")
+    if not isinstance(options, dict) or options.get("center_writing_weights") is not True:
         return False
-    if sae.is_transcoder:
-        return not sae.subtract_b_dec and isinstance(sae.activation, ReLU | JumpReLU)
-    return sae.W_skip is None
+    model = str(metadata.get("base_model")).rpartition("/")[2].lower()
+    if re.match(RMS_NORMS, model):  # models without LayerNorm it leaves as they are
+        return False
+    return at is not None and at.site in WRITTEN
 
 
-def _metadata(sae: SAE) -> dict[str, Any]:
-    metadata = dict(sae.metadata)
-    metadata.setdefault("sae_lens_version", LAYOUT_VERSION)
-    if "base_model" in metadata:
-        metadata.setdefault("model_name", metadata["base_model"])
-    if sae.hookpoint is not None:
-        metadata["hook_name"] = _transformer_lens_name(sae.hookpoint)
-    if sae.target_hookpoint is not None:
-        metadata["hook_name_out"] = _transformer_lens_name(sae.target_hookpoint)
-    if isinstance(sae.activation, BatchTopK):
-        metadata["training_architecture"] = "batchtopk"
-    return metadata
+def _target(c: Checkpoint, metadata: Mapping[str, Any], W_dec: Tensor) -> Hookpoint | None:
+    """Where a transcoder writes. Without it a square one could pass for an SAE: refuse."""
+    target = _hookpoint(metadata, "_out")
+    if target is None and W_dec.shape[1] == c.tensors.shape("W_enc")[0]:
+        raise c.error(
+            f"{CONFIG}: a transcoder whose metadata.hook_name_out, where it writes, is "
+            f"{metadata.get('hook_name_out')!r}, expected a name that a module answers to"
+        )
+    return target
 
 
-def _reads_heads(sae: SAE) -> bool:
-    """TransformerLens keeps attn_z as [heads, head_dim]: SAELens has to be told to flatten it."""
-    return sae.hookpoint is not None and sae.hookpoint.site == "attn_z"
+def _activation(
+    config: Mapping[str, Any], kind: str, tensors: dict[str, Tensor], metadata: Mapping[str, Any]
+) -> Activation:
+    match kind:
+        case "topk":
+            return TopK(config["k"])
+        case "abstopk":
+            return AbsTopK(config["k"])
+        case "groupmax":
+            return GroupMax(config["k"])
+        case "gated":
+            return Gated(*(tensors.pop(name) for name in ("b_gate", "b_mag", "r_mag")))
+        case "matching_pursuit":
+            names = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
+            return MatchingPursuit(
+                **{name.removesuffix("_support"): config[name] for name in names if name in config}
+            )
+        case "jumprelu":
+            threshold = tensors.pop("threshold")
+            constant = bool((threshold == threshold.flatten()[0]).all())
+            batch = "batchtopk" in str(metadata.get("training_architecture", ""))
+            return BatchTopK(threshold.flatten()[0]) if batch and constant else JumpReLU(threshold)
+    return ReLU()
 
 
-def _transformer_lens_name(at: Hookpoint) -> str:
-    names = {site: hook for hook, site in TRANSFORMER_LENS.items()}
-    return f"blocks.{at.layer}.{names[at.site]}" if at.site in names else str(at)
+def _transform(
+    c: Checkpoint, config: Mapping[str, Any], own: Mapping[str, Any] | None
+) -> InputTransform:
+    name = config.get("normalize_activations") or "none"
+    options: dict[str, Any] = {}
+    if own is not None:
+        options = dict(own.get("input_transform", {"kind": "none"}))
+        name = options.pop("kind", "none")
+    if name == "expected_average_only_in":
+        warnings.warn(
+            f"{c.where}: {CONFIG}: normalize_activations 'expected_average_only_in': trained on "
+            "activations scaled by one number, which the checkpoint does not hold; read as if the "
+            "weights had absorbed it, as SAELens does. If reconstructions are poor, set "
+            "sae.input_transform = saert.transforms.DatasetScale(√d_in / mean ‖x‖)",
+            UserWarning,
+            stacklevel=2,
+        )
+        return NoTransform()
+    if name == "covariance_whitening":
+        raise c.error(
+            f"{CONFIG}: normalize_activations 'covariance_whitening': a whitening that has not "
+            "been folded into the weights; SAELens' fold_activation_whitening does that"
+        )
+    known = TRANSFORMS if own is None else OWN_TRANSFORMS
+    if name not in known:
+        raise c.error(f"{CONFIG}: normalize_activations {name!r}, expected one of {list(known)}")
+    try:
+        return known[name](**options)
+    except TypeError:
+        raise c.error(f"{CONFIG}: unknown options {sorted(options)} of {name}") from None
 
 
-def _name(transform: InputTransform, table: Mapping[str, Callable[..., Any]]) -> str | None:
-    return next((name for name, kind in table.items() if type(transform) is kind), None)
+FAMILIES = (Family("SAELens", WEIGHTS, read, is_version_6, needs=(CONFIG,)),)

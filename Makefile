@@ -11,13 +11,17 @@ PYTEST_ARGS ?=
 
 GPU_PYTHON ?= $(BIN)/python
 
+# sae-lens and eai-sparsify bring much with them, so they live apart from what we test with.
+PEERS_PYTHON ?= .venv-peers/bin/python
+PEERS_STAMP := .venv-peers/.saert-setup
+
 # What `make check` runs: the law of the house and the quick core units, in seconds. `make test` runs all.
 FAST := $(wildcard tests/test_floors.py tests/test_packaging.py tests/test_sparse.py \
 	tests/test_activations.py tests/test_edits.py tests/test_hookpoint.py)
 SOURCES := $(wildcard saert kernels hub train demos benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench gpu clean
+.PHONY: help setup demo test check format bench gpu peers clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +63,15 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))  ## on a CUDA device: 
 	$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 	$(GPU_PYTHON) -m pytest $(wildcard tests/test_kernels*.py tests/test_refine*.py) $(PYTEST_ARGS)
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/kernels.py --device cuda --save
+
+peers: $(STAMP) $(if $(filter .venv-peers/%,$(PEERS_PYTHON)),$(PEERS_STAMP))  ## our checkpoints in sae-lens and eai-sparsify, and theirs here
+	SAERT_PEERS_PYTHON=$(PEERS_PYTHON) $(PYTEST) -m peers tests/test_peers.py $(PYTEST_ARGS)
+
+$(PEERS_STAMP): constraints.txt
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q -c constraints.txt torch
+	.venv-peers/bin/python -m pip install -q -c constraints.txt sae-lens eai-sparsify
+	@touch $@
 
 clean:  ## caches and build products; the .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

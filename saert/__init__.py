@@ -5,14 +5,27 @@
 ...     model.generate(**inputs)
 """
 
-from saert.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from saert.activations import (
+    AbsTopK,
+    Activation,
+    BatchTopK,
+    Gated,
+    GroupMax,
+    JumpReLU,
+    ReLU,
+    TopK,
+)
 from saert.edits import ablate, active, add, add_vector, clamp, scale
 from saert.hookpoint import Hookpoint, HookpointError, Location
 from saert.hub.format import FormatError, save
 from saert.hub.load import load, load_all
+from saert.hub.publish import Published, publish
+from saert.hub.verify import verify
+from saert.hub.verifying.verification import Verification, VerificationError
 from saert.measure.ablation.ablate import ablation_effects
 from saert.measure.ablation.table import AblationEffects
 from saert.measure.attribution.attribute import attribute
+from saert.pursuit import MatchingPursuit
 from saert.record import SAEReport
 from saert.refine import Refinement, refine
 from saert.runtime import Attachment, attach
@@ -21,21 +34,27 @@ from saert.sparse import SparseCode
 
 __all__ = [
     "AblationEffects",
+    "AbsTopK",
     "SAE",
     "Activation",
     "Attachment",
     "BatchTopK",
     "FormatError",
     "Gated",
+    "GroupMax",
     "Hookpoint",
     "HookpointError",
     "JumpReLU",
     "Location",
+    "MatchingPursuit",
+    "Published",
     "ReLU",
     "Refinement",
     "SAEReport",
     "SparseCode",
     "TopK",
+    "Verification",
+    "VerificationError",
     "ablate",
     "ablation_effects",
     "active",
@@ -46,8 +65,10 @@ __all__ = [
     "clamp",
     "load",
     "load_all",
+    "publish",
     "refine",
     "save",
     "scale",
+    "verify",
 ]
 __version__ = "0.1.0"

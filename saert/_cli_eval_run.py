@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from saert._cli_session import Loaded, Session, UserError
 from saert._cli_text import Text
 from saert.compat import check_model
 from saert.hooks import device_of
+from saert.hub.identity import bytes_of, describe_sae, digest, fingerprint
 from saert.measure.passes import sites
 from saert.measure.reports.compute import LossLaw, compute_equivalent, fit_losses
 from saert.measure.reports.downstream import measure
@@ -55,9 +55,9 @@ class Evaluation:
     def identity(self) -> dict[str, Any]:
         """What all entries of a folder share; JSON."""
         rows, special = self.text.rows, self.text.special(self.text.rows)
-        digest = hashlib.sha256()
+        said = hashlib.sha256()
         for part in (rows, special):
-            digest.update(_bytes(part))
+            said.update(bytes_of(part))
         return {
             "measures": MEASURES,
             "model": _about(self.session.name, self.session.model),
@@ -68,7 +68,7 @@ class Evaluation:
                 "context": rows.shape[1],
                 "tokens": rows.numel(),
                 "special": int(special.sum()),
-                "sha256": digest.hexdigest(),
+                "sha256": said.hexdigest(),
             },
         }
 
@@ -85,7 +85,7 @@ class Evaluation:
             check_model(self.session.model, one.sae, sites(one.sae)[0], self.session.strict)
         identity = self.identity()
         found = {entry["fingerprint"]: entry for entry in _before(out, identity)}
-        wanted = {fingerprint(one): one for one in self.session.saes}
+        wanted = {fingerprint(one.sae): one for one in self.session.saes}
         out.mkdir(parents=True, exist_ok=True)
 
         def result() -> dict[str, Any]:
@@ -146,27 +146,8 @@ class Evaluation:
 
 def describe(one: Loaded) -> dict[str, Any]:
     """What an SAE is, in an entry."""
-    sae = one.sae
-    return {
-        "source": one.source,
-        "revision": sae.metadata.get("revision"),
-        "hookpoint": str(sae.hookpoint),
-        "target_hookpoint": None if sae.target_hookpoint is None else str(sae.target_hookpoint),
-        "d_in": sae.d_in,
-        "d_out": sae.d_out,
-        "num_latents": sae.num_latents,
-        "activation": f"{type(sae.activation).__name__}({sae.activation.extra_repr()})",
-        "input_transform": repr(sae.input_transform),
-        "dtype": str(sae.dtype).removeprefix("torch."),
-    }
-
-
-def fingerprint(one: Loaded) -> str:
-    """sha256 of an SAE's weights and of all that decides what they mean."""
-    sae = one.sae
-    facts = describe(one) | {"source": None, "revision": None}
-    facts |= {"subtract": sae.subtract_b_dec, "by_norm": sae.select_by_decoder_norm}
-    return hashlib.sha256((json.dumps(facts) + _digest(sae)).encode()).hexdigest()
+    where = {"source": one.source, "revision": one.sae.metadata.get("revision")}
+    return where | describe_sae(one.sae)
 
 
 def read_scaling(path: Path) -> tuple[tuple[LossLaw, float | None], str]:
@@ -265,24 +246,8 @@ def _about(name: str, model: Any) -> dict[str, Any]:
         "name": name,
         "revision": getattr(model.config, "_commit_hash", None),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "fingerprint": _digest(model, SAMPLE),
+        "fingerprint": digest(model, SAMPLE),
     }
-
-
-def _digest(module: nn.Module, most: int | None = None) -> str:
-    """sha256 of a module's tensors; with `most`, of that many entries of each, evenly spread."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        if not tensor.is_meta:
-            flat = tensor.detach().reshape(-1)
-            step = 1 if most is None else max(1, len(flat) // most)
-            digest.update(_bytes(flat[::step][:most]))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _finite(value: Any) -> Any:

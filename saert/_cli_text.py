@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saert._cli_session import Session, UserError
 from saert.measure.passes import Special
+from saert.own_text import own_text
 
 OWN_WORDS = "text that the model wrote itself (seed 0); add --data for real text"
 
@@ -51,29 +52,9 @@ def read_text(
     return Text(found, ", ".join(data), special)
 
 
-@torch.no_grad()
-def _own_words(session: Session, rows: int, context: int, batch: int = 32) -> Tensor:
+def _own_words(session: Session, rows: int, context: int) -> Tensor:
     start = session.tokenizer.bos_token_id
     start = session.tokenizer.eos_token_id if start is None else start
     if start is None:
         raise UserError(f"{session.name} has no start token to write from: add --data")
-    device = session.model.device
-    made = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        for first in range(0, rows, batch):
-            prompt = torch.full((min(batch, rows - first), 1), start, device=device)
-            made.append(
-                session.model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    do_sample=True,  # from the model's own distribution: no easier text
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    min_new_tokens=context - 1,
-                    max_new_tokens=context - 1,
-                    pad_token_id=start,
-                ).cpu()
-            )
-    return torch.cat(made)
+    return own_text(session.model, start, rows, context)

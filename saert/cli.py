@@ -1,6 +1,6 @@
 """The command line: `saert demo`, `generate`, `features`, `info`, `train`, `scale`, `eval`,
-`explain`, `index`, `card`, `probe`, `compare`,
-`refine`.
+`explain`, `index`, `card`, `probe`, `compare`, `publish`,
+`refine`, `verify`.
 
 Commands read options, call `_cli_run`, and print: tables for people, or one JSON object with
 `--json` and nothing else on standard output. What the user can put right is one line on standard
@@ -19,11 +19,14 @@ import saert._cli_ablate as ablating
 import saert._cli_compare as comparing
 import saert._cli_eval as evaluation
 import saert._cli_explain as explaining
+import saert._cli_find as finding
 import saert._cli_index as indexing
 import saert._cli_probe as probing
+import saert._cli_publish as publishing
 import saert._cli_refine as refining
 import saert._cli_run as run
 import saert._cli_train as training
+import saert._cli_verify as verifying
 import saert._cli_view as view
 from saert._cli_io import print_json, user_errors
 from saert._cli_options import At, Device, Json, Model, Sae, Strict
@@ -259,6 +262,10 @@ def features(
 
 
 app.command(
+    "find", epilog=examples("saert find gpt2", "saert find google/gemma-2-2b --offline --json")
+)(finding.find_command)
+
+app.command(
     epilog=examples(
         "saert train bundled --data stories.jsonl --hookpoints resid_post.2 --tokens 1e6 -k 16",
         "saert train --recipe gpt2-small --hookpoints resid_post.6,resid_post.8",
@@ -333,6 +340,21 @@ app.command(
         "saert compare runs/seed0/saes:resid_post.6 runs/seed1/saes:resid_post.6",
     )
 )(comparing.compare)
+
+app.command(
+    epilog=examples(
+        "saert verify bundled:resid_post.2",
+        "saert verify USER/SAES:resid_post.8 -m gpt2 --data 'text/*.txt' --expect l0=64",
+    )
+)(verifying.verify)
+
+app.command(
+    epilog=examples(
+        "saert publish runs/gpt2 USER/gpt2-saes --dry-run",
+        "saert publish runs/gpt2 USER/gpt2-saes --private --tag v1.0 --license apache-2.0",
+        "saert publish runs/gpt2 USER/gpt2-saes-sparsify --format sparsify",
+    )
+)(publishing.publish)
 
 
 @app.command(

@@ -1,42 +1,100 @@
-"""A read-only Hugging Face Hub on the loopback, as far as huggingface_hub's own client asks.
+"""A Hugging Face Hub on the loopback, as far as huggingface_hub's own client asks.
 
+Reading:
+    GET  /api/models?search=…                     ids that hold the words
     GET  /api/models/{id}[/revision/{rev}]        id, sha, siblings
     GET  /api/models/{id}/tree/{rev}[/{path}]     files and folders
+    GET  /api/models/{id}/refs                    branches and tags
+    POST /api/models/{id}/paths-info/{rev}        sizes and sha256 of some files
     HEAD|GET /{id}/resolve/{rev}/{path}           the file; ETag, X-Repo-Commit, Content-Length
+    GET  /_lfs/{sha256}                           where the Hub redirects large files to
+Writing, with the token:
+    POST /api/repos/create, DELETE /api/repos/delete, POST /api/validate-yaml, GET /api/whoami-v2
+    POST /api/models/{id}/preupload/{rev}         which files go to LFS, which are there already
+    POST /{id}.git/info/lfs/objects/batch, PUT /_lfs/{sha256}, POST /_lfs/verify
+    POST /api/models/{id}/commit/{rev}            newline-separated JSON operations
+    POST|DELETE /api/models/{id}/tag/…, …/branch/…; PUT …/settings
 
 Errors carry X-Error-Code, from which the client makes its exception types. `log` keeps every
-request, so that a test can say what was fetched. The client reads its environment at import:
-start it in a process of its own with `environment(home)`.
+request, so that a test can say what was fetched; `faults` breaks chosen ones. The client reads
+its environment at import: start it in a process of its own with `environment(home)`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import Any
+
+from hub_routes import TOKEN, Files, Handler, commit_of
+
+__all__ = ["TOKEN", "Fault", "HubServer", "commit_of"]
 
 
-def commit_of(files: dict[str, bytes]) -> str:
-    """A sha that changes with the content, as a commit's does."""
-    digest = hashlib.sha1()
-    for name in sorted(files):
-        digest.update(name.encode() + b"\0" + files[name])
-    return digest.hexdigest()
+@dataclass
+class Fault:
+    """What happens to the next `times` requests that match, instead of the right answer.
+
+    Attributes:
+        request: pattern of "METHOD /path" (`re.search`).
+        status: answered with `headers` and `text`.
+        cut: the connection breaks after so many bytes of the body.
+        delay: seconds before anything is answered.
+        change: the body that is sent instead, with a Content-Length of its own.
+        then: called before the answer, to change the server meanwhile.
+    """
+
+    request: str
+    times: int = 1
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    text: str = "planted"
+    cut: int | None = None
+    delay: float = 0.0
+    change: Callable[[bytes], bytes] | None = None
+    then: Callable[[], object] | None = None
 
 
 class HubServer:
-    """`with HubServer({"someone/saes": {"main": {path: bytes}, "v1": …}}) as hub:`"""
+    """`with HubServer({"someone/saes": {"main": {path: bytes}, "v1": …}}) as hub:`
 
-    def __init__(self, repos: dict[str, dict[str, dict[str, bytes]]]) -> None:
-        self.repos, self.log = repos, []
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+    Attributes:
+        private, gated: repos that need the token; that this user has no access to.
+        log: method and path of every request; `headers`, what each one sent.
+        redirect: whether large files come from another host, as the Hub's do.
+        about: more fields of a repo's info (`tags`, `cardData`, …).
+        web: files at addresses of their own, as on any web server.
+        steps: called when the client asks for "/mark/<step>".
+    """
+
+    def __init__(
+        self, repos: dict[str, dict[str, Files]] | None = None, *, redirect: bool = True
+    ) -> None:
+        self.repos = repos if repos is not None else {}
+        self.redirect = redirect
+        self.branches = {(repo, "main") for repo in self.repos}  # every other ref is a tag
+        self.private: set[str] = set()
+        self.gated: set[str] = set()
+        self.about: dict[str, dict[str, Any]] = {}
+        self.faults: list[Fault] = []
+        self.log: list[tuple[str, str]] = []
+        self.headers: list[dict[str, str]] = []
+        self.lfs: dict[str, bytes] = {}
+        self.web: Files = {}
+        self.steps: dict[str, Callable[[], object]] = {}
+        self.commits: dict[str, Files] = {}
+        self.lock = threading.RLock()
+        self._http = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self})
+        )
         self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self.port = self._http.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
@@ -49,104 +107,56 @@ class HubServer:
     def commit(self, repo: str, revision: str = "main") -> str:
         return commit_of(self.repos[repo][revision])
 
-    def at(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+    def at(self, repo: str, revision: str) -> tuple[str, Files] | None:
         """The commit and the files that a branch, tag or sha names."""
-        for name, files in self.repos[repo].items():
-            if revision in (name, commit_of(files)):
-                return commit_of(files), files
-        return None
+        for files in self.repos[repo].values():
+            self.commits.setdefault(f"{repo}@{commit_of(files)}", dict(files))
+        files = self.repos[repo].get(revision, self.commits.get(f"{repo}@{revision}"))
+        return None if files is None else (commit_of(files), files)
 
-    def environment(self, home: Path) -> dict[str, str]:
-        """The environment of a client that knows no other Hub, and no proxy."""
-        kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-        return kept | {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(home),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    def push(self, repo: str, files: Files, revision: str = "main") -> str:
+        """Move a branch; what it named before stays reachable by its commit."""
+        if revision in self.repos[repo]:
+            self.at(repo, revision)
+        self.repos[repo][revision] = files
+        return self.commit(repo, revision)
+
+    def fault(self, method: str, path: str) -> Fault:
+        """The fault planted for a request, used up by one."""
+        for fault in self.faults:
+            if fault.times > 0 and re.search(fault.request, f"{method} {path}"):
+                fault.times -= 1
+                return fault
+        return Fault("")
+
+    def during(self, step: str) -> list[str]:
+        """ "METHOD /path" of every request after a client's mark, until its next one."""
+        lines = [f"{method} {path}" for method, path in self.log]
+        begin = lines.index(f"GET /mark/{step}") + 1
+        ends = (at for at, line in enumerate(lines) if at >= begin and "/mark/" in line)
+        return lines[begin : next(ends, None)]
+
+    def requests(self, pattern: str, since: int = 0) -> list[str]:
+        """The logged "METHOD /path" that a pattern finds."""
+        lines = [f"{method} {path}" for method, path in self.log[since:]]
+        return [line for line in lines if re.search(pattern, line)]
+
+    def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
+        """The environment of a client that knows no other Hub, no proxy and no other token."""
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.lower().endswith("_proxy") and k not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
         }
-
-
-def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            address = urlsplit(self.path)
-            path = unquote(address.path)
-            hub.log.append((self.command, path))
-            if m := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
-                self.api(m[1], m[2] or "revision", m[3] or "main", parse_qs(address.query))
-            elif m := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-                self.resolve(*m.groups())
-            else:
-                self.reply(404, b"no such route")
-
-        do_HEAD = do_GET
-
-        def api(self, repo: str, what: str, rest: str, query: dict[str, list[str]]) -> None:
-            revision, _, folder = rest.partition("/")
-            if (found := self.find(repo, revision)) is None:
-                return
-            commit, files = found
-            if what == "revision":
-                siblings = [{"rfilename": name} for name in sorted(files)]
-                answer = {"_id": "0", "id": repo, "modelId": repo, "sha": commit}
-                self.json(answer | {"siblings": siblings, "tags": [], "private": False})
-                return
-            inside = [n for n in sorted(files) if n.startswith(folder and folder + "/")]
-            if query.get("recursive", ["false"])[0].lower() != "true":
-                inside = [n for n in inside if "/" not in n.removeprefix(folder).lstrip("/")]
-            folders = {str(p) for n in inside for p in Path(n).parents if str(p) != "."}
-            entries = [
-                {"type": "file", "path": n, "size": len(files[n]), "oid": _etag(files[n])}
-                for n in inside
-            ]
-            entries += [{"type": "directory", "path": p, "oid": "0", "size": 0} for p in folders]
-            self.json(entries)
-
-        def resolve(self, repo: str, revision: str, path: str) -> None:
-            if (found := self.find(repo, revision)) is None:
-                return
-            commit, files = found
-            if path not in files:
-                self.error("EntryNotFound", "Entry not found", commit)
-                return
-            etag = f'"{_etag(files[path])}"'
-            self.reply(200, files[path], {"ETag": etag, "X-Repo-Commit": commit})
-
-        def find(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-            if repo not in hub.repos:
-                self.error("RepoNotFound", "Repository not found")
-                return None
-            if (found := hub.at(repo, revision)) is None:
-                self.error("RevisionNotFound", f"Invalid rev id: {revision}")
-            return found
-
-        def error(self, code: str, message: str, commit: str | None = None) -> None:
-            headers = {"X-Error-Code": code, "X-Error-Message": message}
-            if commit is not None:
-                headers["X-Repo-Commit"] = commit
-            self.reply(404, json.dumps({"error": message}).encode(), headers)
-
-        def json(self, answer: object) -> None:
-            self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
-
-        def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-    return Handler
-
-
-def _etag(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        return (
+            kept
+            | {
+                "HF_ENDPOINT": self.url,
+                "HF_HOME": str(home),
+                "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            }
+            | ({"HF_TOKEN": token} if token else {})
+        )

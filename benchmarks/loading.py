@@ -46,6 +46,11 @@ THEIRS = {
 }
 
 
+def _shown(arguments: list[str]) -> list[str]:
+    """The command line without where this machine keeps its Pythons."""
+    return ["PYTHON" if "python" in one else one for one in arguments]
+
+
 @dataclass(frozen=True)
 class Row:
     """One contender on one layout. `ratio`: its time / reading the file, median and quartiles."""
@@ -198,7 +203,7 @@ def main(
         record = {
             "date": date.today().isoformat(),
             "device": f"{platform.machine()} CPU, {threads} threads",
-            "command": "python benchmarks/loading.py " + " ".join(sys.argv[1:]),
+            "command": "python benchmarks/loading.py " + " ".join(_shown(sys.argv[1:])),
             "versions": {one: version(one) for one in ("torch", "numpy", "safetensors")},
             "load": os.getloadavg(),
             "rows": [asdict(row) for row in rows],

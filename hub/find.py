@@ -28,6 +28,7 @@ class Listing:
     Attributes:
         name: a short name's pattern, or a Hub repo id; both are sources, filled in or with a path.
         about: what the registry says of it, or the repo's tags.
+        choices: what may stand for the fields of a pattern.
         repo: the pattern's repo, or the same id.
         downloads: of the last month, as the Hub counts them; None for a pattern.
     """
@@ -35,6 +36,7 @@ class Listing:
     name: str
     about: str
     repo: str
+    choices: str = ""
     downloads: int | None = None
 
 
@@ -53,7 +55,7 @@ def find(model: str, *, online: bool = True, limit: int = 50) -> list[Listing]:
     ['gpt2:openai-{width}/{site}.{layer}', 'gpt2:res-jb/{layer}']
     """
     known = [
-        Listing(name, one.about, one.repo)
+        Listing(name, one.about, one.repo, one.choices())
         for one in releases()
         if (name := one.for_model(model)) is not None
     ]
@@ -93,4 +95,5 @@ def _ask(**query: Any) -> list[Listing]:
 
 def _listing(info: dict[str, Any]) -> Listing:
     tags = [one for one in info.get("tags") or () if ":" not in one]
-    return Listing(info["id"], ", ".join(tags[:6]), info["id"], int(info.get("downloads") or 0))
+    downloads = int(info.get("downloads") or 0)
+    return Listing(info["id"], ", ".join(tags[:6]), info["id"], downloads=downloads)

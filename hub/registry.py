@@ -138,6 +138,14 @@ class Release:
                 return f"{_fill_optional(prefix, said)}:{rest}"
         return None
 
+    def choices(self) -> str:
+        """What may stand for the fields behind the model, as one line."""
+        keys = re.findall(r"\{(\w+)\}", self.name.partition(":")[2])
+        said = {key: [one for one in self.fields.get(key, {}) if one] for key in keys}
+        if "layer" in said and not said["layer"] and self.layers:
+            said["layer"] = [f"0 to {self.layers - 1}"]
+        return "; ".join(f"{key}: {', '.join(some)}" for key, some in said.items() if some)
+
     def _regex(self) -> str:
         text = re.escape(self.name).replace(r"\{", "{").replace(r"\}", "}")
         text = text.replace(r"\[", "(?:").replace(r"\]", ")?")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from saert._cli_io import print_json, user_errors
@@ -42,8 +43,12 @@ def find_command(
 
 
 def _table(model: str, found: list[Listing]) -> Table:
-    table = Table("name", "what", "downloads", title=f"SAEs for {model}", title_justify="left")
+    table = Table(title=f"SAEs for {model}", title_justify="left", show_lines=True)
+    table.add_column("name", overflow="fold", ratio=1)  # a name that is cut short is of no use
+    table.add_column("what", ratio=1)
+    table.add_column("downloads", justify="right")
     for one in found:
         count = "" if one.downloads is None else f"{one.downloads:,}"
-        table.add_row(one.name.replace("[", r"\["), one.about, count)
+        what = f"{one.about}\n{one.choices}" if one.choices else one.about
+        table.add_row(escape(one.name), escape(what), count)
     return table

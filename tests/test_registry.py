@@ -146,6 +146,9 @@ def test_nothing_is_known_for_a_stranger():
 def test_the_command_prints_patterns_and_says_that_the_hub_was_not_asked():
     shown = CliRunner().invoke(app, ["find", "gpt2", "--offline"])
     assert shown.exit_code == 0 and "gpt2:res-jb/{layer}" in shown.output
+    flat = re.sub(r"[^\w:{}./-]", "", shown.output)  # names are never cut short
+    assert "{l…" not in shown.output and "gpt2:hook-z-kk/{layer}" in flat
+    assert "32k, 128k" in shown.output and "0 to 11" in shown.output
     answer = json.loads(CliRunner().invoke(app, ["find", "google/gemma-2-2b", "--json"]).output)
     assert "HF_HUB_OFFLINE" in answer["hub"]  # the tests' own setting
     assert answer["found"][0]["name"].startswith("gemma-2-2b:")

@@ -153,19 +153,19 @@ def load_model(name: str, device: str = "auto") -> tuple[Any, Any]:
 
 
 def load_sae(source: str) -> Loaded:
-    """An SAE by source string: `bundled:PATH`, or a folder or Hub id with an optional `:PATH`."""
-    repo, path = source, None
-    if not Path(source).exists() and ":" in source:
-        repo, path = source.split(":", 1)
+    """An SAE by source string: `bundled:PATH`, or whatever `load` takes."""
+    here = Path(source).exists() or "://" in source
+    repo, path = (source, "") if here else (source.partition(":")[0], source.partition(":")[2])
     if repo == BUNDLED:
         path = path or bundled.DEMO.hookpoint
         sae = load(BUNDLED, path)
         return Loaded(f"{BUNDLED}:{path}", sae, bundled.labels(path))
-    _check_local(repo, "--sae")
-    labels = Path(repo, path or "", "labels.json")
+    if not here:
+        _check_local(repo, "--sae")
+    labels = Path(repo, path, "labels.json")
     known = json.loads(labels.read_text("utf-8")) if labels.is_file() else {}
     with _named(source):
-        sae = load(repo, path)
+        sae = load(source)  # it knows short names, addresses and REPO:PATH
     return Loaded(source, sae, {int(key): entry for key, entry in known.items()})
 
 

@@ -16,6 +16,7 @@ from tiny_models import tiny
 from typer.testing import CliRunner
 
 from saert import attach
+from saert._cli_session import load_sae
 from saert.cli import app
 from saert.hub.find import find
 from saert.hub.format import save
@@ -257,3 +258,13 @@ def test_a_short_name_loads_from_the_hub_and_tells_what_the_files_leave_out(tmp_
     assert report["W"] == pytest.approx(sae.W_enc.sum().item())
     assert ["gpt2:res-jb/{layer}", None] in report["found"]
     assert "someone/gpt2-sae" in [name for name, _ in report["found"]]
+
+
+@pytest.mark.parametrize(
+    "source", ["gpt2:res-jb/6", "https://huggingface.co/a/b/tree/main/x", "a/b:x", "a/b@v1:x"]
+)
+def test_the_command_line_takes_what_load_takes(monkeypatch, source):
+    asked = []
+    monkeypatch.setattr("saert._cli_session.load", asked.append)
+    load_sae(source)
+    assert asked == [source]

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 import saert._cli_view as view
+from saert._cli_edits import read_positions
 from saert._cli_io import print_json, user_errors
 from saert._cli_options import (
     At,
@@ -29,8 +30,8 @@ from saert._cli_options import (
     Source,
     Strict,
 )
-from saert._cli_session import Session, UserError, open_session, read_positions
 from saert._cli_text import read_text
+from saert.hub.session import Session, UserError, open_session
 from saert.measure.ablation.ablate import ablation_effects, direction_effects
 from saert.measure.ablation.run import NothingToAblate
 from saert.measure.ablation.table import AblationEffects

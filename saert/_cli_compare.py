@@ -13,7 +13,7 @@ from rich.text import Text
 
 from saert._cli_io import print_json, user_errors
 from saert._cli_options import Json, Progress
-from saert._cli_session import Loaded, UserError, load_sae
+from saert.hub.session import Loaded, UserError, load_sae
 from saert.measure.matching.consistency import Consistency, Pair, consistency, feature_splitting
 
 BAR = 40

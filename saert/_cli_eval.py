@@ -13,9 +13,9 @@ from rich.table import Table
 from saert._cli_eval_run import PAGE, Evaluation
 from saert._cli_io import print_json, user_errors
 from saert._cli_options import At, Batch, Context, Data, Device, Json, Model, Progress, Rows, Strict
-from saert._cli_session import BUNDLED, load_model, open_session
 from saert._cli_text import read_text
 from saert.hub import bundled
+from saert.hub.session import BUNDLED, load_model, open_session
 from saert.measure.reports.html import require
 
 Option = typer.Option

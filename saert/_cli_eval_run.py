@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from saert._cli_session import Loaded, Session, UserError
 from saert._cli_text import Text
 from saert.compat import check_model
 from saert.hooks import device_of
 from saert.hub.identity import bytes_of, describe_sae, digest, fingerprint
+from saert.hub.session import Loaded, Session, UserError
 from saert.measure.passes import sites
 from saert.measure.reports.compute import LossLaw, compute_equivalent, fit_losses
 from saert.measure.reports.downstream import measure

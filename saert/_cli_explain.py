@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Line
 
+from saert._cli_edits import latent_of
 from saert._cli_io import print_json, user_errors
 from saert._cli_options import (
     At,
@@ -26,8 +27,8 @@ from saert._cli_options import (
     Source,
     Strict,
 )
-from saert._cli_session import Session, UserError, latent_of, open_session
 from saert._cli_text import read_text
+from saert.hub.session import Session, UserError, open_session
 from saert.measure.n2g.explain import explain as n2g
 from saert.measure.n2g.explain import neutral_token
 from saert.measure.n2g.explanations import Explanation, Explanations

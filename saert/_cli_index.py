@@ -28,8 +28,8 @@ from saert._cli_options import (
     Source,
     Strict,
 )
-from saert._cli_session import UserError, open_session
 from saert._cli_text import read_text
+from saert.hub.session import UserError, open_session
 from saert.measure.features import (
     Card,
     Example,

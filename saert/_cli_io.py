@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from saert._cli_session import UserError
+from saert.hub.session import UserError
 
 
 def print_json(answer: Mapping[str, Any]) -> None:

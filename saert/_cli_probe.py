@@ -15,7 +15,7 @@ from rich.text import Text
 
 from saert._cli_io import print_json, user_errors
 from saert._cli_options import At, Batch, Device, Json, Model, Progress, Sae, Strict
-from saert._cli_session import Loaded, UserError, open_session
+from saert.hub.session import Loaded, UserError, open_session
 from saert.measure.identity import sae_identity
 from saert.measure.probes.probing import SELECT, Select
 from saert.measure.probes.results import Probes

@@ -24,9 +24,9 @@ from saert._cli_options import (
     Source,
     Strict,
 )
-from saert._cli_session import BUNDLED, open_session
 from saert._cli_text import read_text
 from saert.compat import check_model
+from saert.hub.session import BUNDLED, open_session
 from saert.measure.reports.refinement import RefinementReport, refinement_report
 from saert.refine import MAX_STEPS, TOL
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saert._cli_session import Loaded, Session, UserError
 from saert.activations import JumpReLU, TopK
 from saert.edits import Edit, LatentEdit
 from saert.hub import bundled
+from saert.hub.session import Loaded, Session, UserError
 from saert.record import SAEReport
 from saert.sparse import SparseCode
 

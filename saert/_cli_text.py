@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saert._cli_session import Session, UserError
+from saert.hub.session import Session, UserError
 from saert.measure.passes import Special
 from saert.own_text import own_text
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from saert._cli_io import print_json, user_errors
-from saert._cli_session import UserError
+from saert.hub.session import UserError
 from saert.train.objectives import OBJECTIVES
 
 ObjectiveName = StrEnum("ObjectiveName", {name: name for name in OBJECTIVES})  # type: ignore[misc]

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from saert._cli_io import print_json, user_errors
 from saert._cli_options import At, Context, Data, Device, Json, Model, Source
-from saert._cli_session import BUNDLED, UserError, open_session
 from saert._cli_text import read_text
+from saert.hub.session import BUNDLED, UserError, open_session
 from saert.hub.verify import verify as measure
 from saert.hub.verifying.declared import FACTS
 from saert.hub.verifying.verification import Verification, VerificationError, shown

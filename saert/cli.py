@@ -28,19 +28,11 @@ import saert._cli_run as run
 import saert._cli_train as training
 import saert._cli_verify as verifying
 import saert._cli_view as view
+from saert._cli_edits import latent_of, read_edits
 from saert._cli_io import print_json, user_errors
 from saert._cli_options import At, Device, Json, Model, Sae, Strict
-from saert._cli_session import (
-    BUNDLED,
-    Loaded,
-    Session,
-    latent_of,
-    load_model,
-    load_sae,
-    open_session,
-    read_edits,
-)
 from saert.hub import bundled
+from saert.hub.session import BUNDLED, Loaded, Session, load_model, load_sae, open_session
 from saert.runtime import attach
 
 app = typer.Typer(

@@ -14,9 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from saert import SAE, ReLU, TopK, add, attach, save
-from saert._cli_session import UserError, open_session, read_edits, read_positions
+from saert._cli_edits import read_edits, read_positions
 from saert.cli import app
 from saert.hub import bundled
+from saert.hub.session import UserError, open_session
 
 PROMPT = "the dog ran to the park"
 WORDS = "the dog ran to the park and the cat sat on the red mat with a big ball in the sun"
@@ -358,7 +359,7 @@ def test_an_unreachable_hub_is_no_traceback(monkeypatch):
 
     base = next(c for c in HfHubHTTPError.__mro__ if c.__module__.startswith("httpx"))
     httpx_error = type("ConnectError", (base,), {"__module__": base.__module__})
-    monkeypatch.setattr("saert._cli_session.load", refuse)
+    monkeypatch.setattr("saert.hub.session.load", refuse)
     result = invoke("info", "nobody/nothing")
     assert result.exit_code == 2 and "nobody/nothing: Name or service" in result.stderr
 

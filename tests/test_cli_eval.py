@@ -68,8 +68,8 @@ def test_the_numbers_are_those_of_the_reports(text, tmp_path, no_page):
     assert {"saert", "torch", "transformers", "Python"} == set(facts["versions"])
     assert [sae["name"] for sae in answer["saes"]] == ["resid_post.2", "mlp_in.2 → mlp_out.2"]
     assert facts["command"].split()[0] == "saert" and facts["date"].startswith("20")
-    from saert._cli_session import open_session
     from saert._cli_text import read_text
+    from saert.hub.session import open_session
 
     session = open_session(None, chosen)
     given = read_text(session, [text], 3, 24)

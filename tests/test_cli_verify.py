@@ -34,8 +34,8 @@ def test_a_right_sae_exits_0_and_the_numbers_are_those_of_verify(text):
     answer = json.loads(found.stdout)
     assert answer["ok"] and answer["cause"] is None and answer["text"] == text
     assert answer["sae"] == "bundled:resid_post.2" and answer["model"] == "bundled"
-    from saert._cli_session import open_session
     from saert._cli_text import read_text
+    from saert.hub.session import open_session
 
     session = open_session(None, ["bundled:resid_post.2"])
     rows = read_text(session, [text], 4, 48).rows

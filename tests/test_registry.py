@@ -16,11 +16,11 @@ from tiny_models import tiny
 from typer.testing import CliRunner
 
 from saert import attach
-from saert._cli_session import load_sae
 from saert.cli import app
 from saert.hub.find import find
 from saert.hub.format import save
 from saert.hub.registry import TRANSFORMS, lookup, releases
+from saert.hub.session import load_sae
 from saert.hub.sources.http import HttpError
 from saert.transforms import DatasetScale, MeanCentre, NoTransform
 
@@ -265,6 +265,6 @@ def test_a_short_name_loads_from_the_hub_and_tells_what_the_files_leave_out(tmp_
 )
 def test_the_command_line_takes_what_load_takes(monkeypatch, source):
     asked = []
-    monkeypatch.setattr("saert._cli_session.load", asked.append)
+    monkeypatch.setattr("saert.hub.session.load", asked.append)
     load_sae(source)
     assert asked == [source]

@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from saert._cli_probe import _folders
-from saert._cli_session import Loaded
 from saert.capture import capture
+from saert.hub.session import Loaded
 from saert.measure import probe_suite, probe_task, read_suite
 from saert.measure.probes import suites
 from saert.measure.probes.pooling import pooled

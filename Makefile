@@ -11,6 +11,9 @@ PYTEST_ARGS ?=
 
 GPU_PYTHON ?= $(BIN)/python
 
+# Debian's, with a font: what playwright would download itself comes from another host.
+CHROMIUM := chromium-headless-shell fonts-dejavu-core
+
 # sae-lens and eai-sparsify bring much with them, so they live apart from what we test with.
 PEERS_PYTHON ?= .venv-peers/bin/python
 PEERS_STAMP := .venv-peers/.saert-setup
@@ -21,10 +24,10 @@ FAST := $(wildcard tests/test_floors.py tests/test_packaging.py tests/test_spars
 SOURCES := $(wildcard saert kernels hub train demos benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench gpu peers clean
+.PHONY: help setup demo app test check format browser screenshots space bench gpu peers clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## .venv with the pinned versions and saert in editable mode (again: instant)
 
@@ -35,11 +38,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first and pinned: a later, looser requirement must not fetch another build
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,measure,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,measure,demo,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## active latents, steering and ablation on the bundled model, offline
 	@$(BIN)/saert demo
+
+app: $(STAMP)  ## steer, explore, ablate and refine the bundled model in a browser, offline
+	@$(BIN)/saert app
 
 test: $(STAMP)  ## the whole default suite (GPU tests skip where there is none)
 	$(PYTEST) -n $(PYTEST_JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
@@ -53,6 +59,25 @@ check: $(STAMP)  ## ruff, mypy, floors, quick units: under a minute
 format: $(STAMP)  ## let ruff fix and format
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+browser:  ## the chromium that the browser tests drive, by apt as root; without it they skip
+	@if [ -n "$$SAERT_CHROMIUM" ] || command -v chromium-headless-shell >/dev/null || \
+		command -v chromium >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get -q update && apt-get -qy install --no-install-recommends $(CHROMIUM); } || \
+			echo "apt-get could not install $(CHROMIUM): the browser tests will skip"; \
+	else echo "no chromium: the browser tests will skip. As root: apt-get install $(CHROMIUM)," \
+		"or point SAERT_CHROMIUM at one"; fi
+
+screenshots: $(STAMP) browser  ## docs/images/app-*.png, from journeys through the app
+	$(BIN)/python tests/screenshots.py
+
+space: $(STAMP)  ## dist/space: the app as a Hugging Face Space, to upload as it is
+	rm -rf dist/space
+	$(BIN)/python -m pip wheel -q --no-deps -w dist/wheel .
+	$(BIN)/python -m zipfile -e dist/wheel/saert-*.whl dist/space
+	cp demos/app.py demos/README.md demos/requirements.txt dist/space
+	rm -rf dist/space/saert-*.dist-info dist/wheel
 
 bench: $(STAMP)  ## what attaching costs, and every kernel against its alternatives
 	$(BIN)/python benchmarks/attach_overhead.py

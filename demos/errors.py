@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,21 +19,55 @@ from saert.hub.session import UserError
 log = logging.getLogger(__name__)
 
 
+SAID = (UserError, ValueError, TypeError, OSError, ImportError, NotImplementedError)
+FULL = "out of {kind}: ask for fewer tokens or a shorter text, or wait for others to finish"
+CPU_FULL = ("not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
 @contextmanager
 def visible() -> Iterator[None]:
-    """Errors of the library and of memory become `gr.Error`, which shows as a message."""
+    """Whatever is raised becomes `gr.Error`, which shows as a message; the app goes on.
+
+    What the library refused is said in its words. Anything else is a mistake of ours: it shows in
+    short, and the log has it with its traceback.
+    """
     try:
         yield
     except gr.Error:
         raise
-    except torch.cuda.OutOfMemoryError as error:
+    except Exception as error:
+        if kind := _full(error):
+            _release(error)
+            log.warning("out of %s: %s", kind, error)
+            raise _said(FULL.format(kind=kind)) from None
+        if isinstance(error, SAID):
+            log.info("refused: %s", error)
+            words = str(error) or type(error).__name__
+            raise _said(words.replace("strict=False", "saert app --no-strict")) from error
+        log.exception("a handler failed")
+        what = f"{type(error).__name__}: {error}"[:200]
+        raise _said(f"something went wrong ({what}); the app's log says where") from error
+
+
+def _said(words: str) -> gr.Error:
+    return gr.Error(words, print_exception=False)  # the log has had it
+
+
+def _full(error: Exception) -> str | None:
+    """Which memory ran out, if that is what happened. Torch's own CPU allocator raises no class."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "GPU memory"
+    words = str(error).lower()
+    full = isinstance(error, RuntimeError) and any(sign in words for sign in CPU_FULL)
+    return "memory" if full or isinstance(error, MemoryError) else None
+
+
+def _release(error: Exception) -> None:
+    """Let go of the tensors that the failed call's frames still hold."""
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        raise gr.Error("out of GPU memory: ask for fewer tokens, or wait for others") from error
-    except MemoryError as error:
-        raise gr.Error("out of memory: ask for fewer tokens, or wait for others") from error
-    except (UserError, ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        log.info("refused: %s", error)
-        raise gr.Error(str(error)) from error
 
 
 def shown(handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,22 +1,19 @@
 """Small pieces of HTML that gradio does not have: tokens with heat, latents with bars, figures.
 
-Each is a `gr.HTML` whose value is plain data; the template in the browser escapes all text. What
-can be chosen is a `<button>`, so a keyboard reaches it, and choosing fires `select` with an index.
+Each is a `gr.HTML` whose value is plain data, drawn by widgets.js: text stays text whatever it
+holds. What can be chosen is a button, one stop for Tab and then the arrow keys, and choosing fires
+`select` with an index.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, TypedDict
 
 import gradio as gr
 
-ESCAPE = "const esc = s => String(s).replace(/[&<>\"']/g, c => `&#${c.charCodeAt(0)};`);"
-ON_SELECT = """
-element.addEventListener('click', e => {
-  const chosen = e.target.closest('[data-index]');
-  if (chosen) trigger('select', {index: +chosen.dataset.index});
-});
-"""
+DRAW = (Path(__file__).parent / "static" / "widgets.js").read_text("utf-8")
 
 
 class Token(TypedDict, total=False):
@@ -29,7 +26,7 @@ class Token(TypedDict, total=False):
 
 
 class Bar(TypedDict, total=False):
-    """A latent, or anything with a bar: `share` of the longest from 0 to 1."""
+    """A latent, or anything with a bar: `share` of the longest from -1 to 1."""
 
     name: str
     label: str
@@ -46,43 +43,33 @@ class Figure(TypedDict, total=False):
     note: str
 
 
-def tokens(label: str, elem_id: str, *, choose: bool = False) -> gr.HTML:
-    """Text as tokens with heat; value: list of `Token`. With `choose`, each is a button."""
-    tag = "button type='button'" if choose else "span"
-    template = (
-        "${(() => {" + ESCAPE + "return (value || []).map((t, i) => "
-        f"`<{tag} class='tk${{t.selected ? ' on' : ''}}' data-index='${{i}}' "
-        "style='--heat:${t.heat ?? 0}' title='${esc(t.title ?? '')}'>${esc(t.text)}"
-        f"</{tag.split()[0]}>`).join('');" + "})()}"
-    )
-    return _html(label, elem_id, "tokens", template, choose)
+def tokens(label: str, elem_id: str, *, choose: bool = False, empty: str = "") -> gr.HTML:
+    """Text as tokens with heat; value: list of `Token`. With `choose`, each is a button.
+
+    `empty` is what to say while there are none.
+    """
+    return _html(label, elem_id, "tokens", choose, empty)
 
 
-def bars(label: str, elem_id: str, *, choose: bool = False) -> gr.HTML:
+def bars(label: str, elem_id: str, *, choose: bool = False, empty: str = "") -> gr.HTML:
     """A list with bars, for latents and logits; value: list of `Bar`."""
-    tag = "button type='button'" if choose else "div"
-    template = (
-        "${(() => {" + ESCAPE + "return (value || []).map((b, i) => "
-        f"`<{tag} class='bar${{b.selected ? ' on' : ''}}' data-index='${{i}}' "
-        "style='--share:${b.share ?? 0}'><b>${esc(b.name)}</b> <i>${esc(b.label ?? '')}</i> "
-        f"<span>${{esc(b.value ?? '')}}</span></{tag.split()[0]}>`).join('');" + "})()}"
-    )
-    return _html(label, elem_id, "bars", template, choose)
+    return _html(label, elem_id, "bars", choose, empty)
 
 
-def figures(label: str, elem_id: str) -> gr.HTML:
+def figures(label: str, elem_id: str, *, empty: str = "") -> gr.HTML:
     """Numbers in a row; value: list of `Figure`."""
-    template = (
-        "${(() => {" + ESCAPE + "return (value || []).map(f => "
-        "`<div class='figure' title='${esc(f.note ?? '')}'><b>${esc(f.value)}</b>"
-        "<span>${esc(f.name)}</span></div>`).join('');" + "})()}"
-    )
-    return _html(label, elem_id, "figures", template, False)
+    return _html(label, elem_id, "figures", False, empty)
 
 
-def _html(label: str, elem_id: str, kind: str, template: str, choose: bool) -> gr.HTML:
-    options: dict[str, Any] = {"js_on_load": ON_SELECT if choose else None}
+def script(kind: str, choose: bool, empty: str) -> str:
+    """What the browser runs for a widget: `element`, `props`, `trigger` and `watch` are given."""
+    given = {"KIND": kind, "CHOOSE": choose, "EMPTY": empty}
+    return "".join(f"const {k} = {json.dumps(v)};\n" for k, v in given.items()) + DRAW
+
+
+def _html(label: str, elem_id: str, kind: str, choose: bool, empty: str) -> gr.HTML:
+    options: dict[str, Any] = {"js_on_load": script(kind, choose, empty)}
     return gr.HTML(
-        value=[], label=label, show_label=True, container=True, html_template=template,
-        elem_id=elem_id, elem_classes=[f"saert-{kind}"], **options,
+        value=[], label=label, show_label=True, container=True, apply_default_css=False,
+        html_template="<span></span>", elem_id=elem_id, elem_classes=[f"saert-{kind}"], **options,
     )  # fmt: skip

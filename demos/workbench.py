@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from saert.demos.gather import Gathering, Hit, covering, search
 from saert.hub.session import Loaded, Session, UserError, load_sae
+from saert.measure.features import FeatureIndex, own_index
+from saert.measure.features.own import Told
 from saert.runtime import attach
 from saert.twin import twin
 
@@ -23,13 +27,16 @@ class Workbench:
 
     Attributes:
         session: as `saert app` opened it. Its model is never hooked.
+        features: the folder of a feature index (`saert index`), if there is one.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, features: Path | None = None) -> None:
         self.session = session
+        self.features = features
         self._own = {one.source: one for one in session.saes}
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._lock = threading.Lock()
+        self._gathered: dict[str, Gathering] = {}
 
     @property
     def sources(self) -> list[str]:
@@ -80,3 +87,60 @@ class Workbench:
             pass  # refuses, in the usual words, an SAE that does not fit
         loaded.sae.to(self.session.model.device)
         return loaded
+
+    # -- what latents fire on ----------------------------------------------------------------------
+
+    def warm(self) -> None:
+        """Begin with the index of the first SAE, in a thread of its own."""
+        self.gathering(self.sources[0])
+
+    def gathering(self, source: str, again: bool = False) -> Gathering:
+        """The index of an SAE, made or being made; begun now if nobody asked for it before, and
+        `again` if it failed."""
+        loaded = self.sae(source)
+        with self._lock:
+            known = {one.source for one in (*self._own.values(), *self._loaded.values())}
+            self._gathered = {s: one for s, one in self._gathered.items() if s in known}
+            held = self._gathered.get(loaded.source)
+            if held is None or (again and held.failed):
+                made = Gathering(loaded.source, lambda told: self._gather(loaded, told))
+                self._gathered[loaded.source] = made
+            return self._gathered[loaded.source]
+
+    def index(self, source: str) -> FeatureIndex | None:
+        """What the latents of an SAE fire on; None while that is being gathered, or if it failed.
+
+        From the folder of the start if it holds this SAE's, else from text that the model writes.
+        """
+        return self.gathering(source).index
+
+    def wait_index(
+        self, source: str, progress: Callable[[float, str], object] | None = None
+    ) -> FeatureIndex:
+        """The index, once it is there; `progress` hears the part done and what is being done.
+
+        UserError, which says why, if it could not be made.
+        """
+        return self.gathering(source, again=True).wait(progress)
+
+    def label(self, source: str, latent: int) -> str:
+        """What somebody called a latent, else the tokens it fires on; empty if neither is known."""
+        return self.sae(source).label(latent) or self.gathering(source).name(latent)
+
+    def largest(self, source: str, latent: int) -> float | None:
+        """The largest activation known of a latent: its label's, else the index's."""
+        known = self.sae(source).labels.get(latent, {}).get("max_activation")
+        if known is None and (index := self.index(source)) is not None:
+            known = index.largest[latent]
+        return None if known is None else float(known)
+
+    def search(self, source: str, text: str) -> list[Hit]:
+        """Latents by label, by automatic name, or by where they fire; UserError for empty text."""
+        return search(self.sae(source), self.gathering(source), text)
+
+    def _gather(self, loaded: Loaded, told: Told) -> FeatureIndex:
+        if self.features is not None and (there := covering(self.features, loaded)) is not None:
+            return there
+        return own_index(
+            self.model(), self.tokenizer, loaded.sae, labels=loaded.labels, told=told
+        )  # fmt: skip

@@ -31,6 +31,7 @@ from saert.refine import Refinement, refine
 from saert.runtime import Attachment, attach
 from saert.sae import SAE
 from saert.sparse import SparseCode
+from saert.twin import twin
 
 __all__ = [
     "AblationEffects",
@@ -69,6 +70,7 @@ __all__ = [
     "refine",
     "save",
     "scale",
+    "twin",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
 """The command line: `saert demo`, `generate`, `features`, `info`, `train`, `scale`, `eval`,
 `explain`, `index`, `card`, `probe`, `compare`, `publish`,
-`refine`, `verify`.
+`refine`, `verify`, `app`.
 
 Commands read options, call `_cli_run`, and print: tables for people, or one JSON object with
 `--json` and nothing else on standard output. What the user can put right is one line on standard
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 import saert._cli_ablate as ablating
+import saert._cli_app as serving
 import saert._cli_compare as comparing
 import saert._cli_eval as evaluation
 import saert._cli_explain as explaining
@@ -252,6 +253,14 @@ def features(
             console.print(view.features_table(one))
         console.print(view.report_lines({one.hookpoint: one.report}))
 
+
+app.command(
+    "app",
+    epilog=examples(
+        "saert app --open",
+        "saert app -m gpt2 -s gpt2:openai-32k/resid_post.6 --features index --port 8000",
+    ),
+)(serving.app_command)
 
 app.command(
     "find", epilog=examples("saert find gpt2", "saert find google/gemma-2-2b --offline --json")

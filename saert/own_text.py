@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,28 +12,45 @@ from saert.hooks import device_of
 
 
 @torch.no_grad()
-def own_text(model: Any, start: int, rows: int, context: int, batch: int = 32) -> Tensor:
+def own_text(
+    model: Any,
+    start: int,
+    rows: int,
+    context: int,
+    batch: int = 32,
+    told: Callable[[int, int], None] | None = None,
+) -> Tensor:
     """int64 [rows, context] on the CPU, sampled from the token `start`, the same every time.
 
     From the model's own distribution, without top-k or temperature, which would make easier text.
+    Random numbers come from a generator of its own, so that other threads may draw theirs.
+    `told` hears how many rows are written, and of how many.
     """
     device = device_of(model)
+    drawn = torch.Generator(device).manual_seed(0)
+
+    def race(ids: Tensor, scores: Tensor) -> Tensor:
+        # the largest of p / Exponential(1) is a draw from p, and is how torch.multinomial draws
+        p = scores.softmax(-1)
+        return p / torch.empty_like(p).exponential_(1, generator=drawn)
+
     made = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        for first in range(0, rows, batch):
-            prompt = torch.full((min(batch, rows - first), 1), start, device=device)
-            made.append(
-                model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    min_new_tokens=context - 1,
-                    max_new_tokens=context - 1,
-                    pad_token_id=start,
-                ).cpu()
-            )
+    for first in range(0, rows, batch):
+        prompt = torch.full((min(batch, rows - first), 1), start, device=device)
+        made.append(
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                logits_processor=[race],
+                temperature=1.0,
+                top_k=50,
+                top_p=1.0,
+                min_new_tokens=context - 1,
+                max_new_tokens=context - 1,
+                pad_token_id=start,
+            ).cpu()
+        )
+        if told is not None:
+            told(min(first + batch, rows), rows)
     return torch.cat(made)

@@ -24,12 +24,14 @@ class SAEReport:
 
     Attributes:
         tokens: how many; l0: mean active latents per token; fvu: fraction of variance unexplained;
-        milliseconds: time spent in this SAE's hook. l0 and fvu are None if nothing was recorded.
+        error_norm: mean over tokens of ‖y - ŷ‖₂, in the model's units; milliseconds: time spent in
+        this SAE's hook. l0, fvu and error_norm are None if nothing was recorded.
     """
 
     tokens: int
     l0: float | None
     fvu: float | None
+    error_norm: float | None
     milliseconds: float
 
     def __str__(self) -> str:
@@ -86,14 +88,16 @@ class Recorder:
             l0, y = l0.where(mask, 0), y.where(mask.unsqueeze(-1), 0)
         wide = torch.float64 if y.device.type != "mps" else torch.float32
         flat = (0, 1)
-        scalars = torch.stack([t.to(wide).sum() for t in (ones, l0, error, power)])
-        mean = y.sum(flat, dtype=wide)
+        counted = (ones, l0, error, error.sqrt(), power)
+        self._add(torch.stack([t.to(wide).sum() for t in counted]), y.sum(flat, dtype=wide))
+
+    def _add(self, scalars: Tensor, mean: Tensor) -> None:
         if not self._sums:
             self._sums = {"scalars": scalars, "mean": mean}
         else:
             self._sums = {
-                "scalars": self._sums["scalars"].to(y.device) + scalars,
-                "mean": self._sums["mean"].to(y.device) + mean,
+                "scalars": self._sums["scalars"].to(mean.device) + scalars,
+                "mean": self._sums["mean"].to(mean.device) + mean,
             }
 
     @contextmanager
@@ -124,13 +128,14 @@ class Recorder:
         while self._events:
             self._settle(*self._events.pop(0))
         if not self._sums:
-            return SAEReport(0, None, None, self._seconds * 1000)
-        tokens, l0, error, power = self._sums["scalars"].tolist()
+            return SAEReport(0, None, None, None, self._seconds * 1000)
+        tokens, l0, error, norm, power = self._sums["scalars"].tolist()
         spread = power - float(self._sums["mean"].square().sum()) / max(tokens, 1)
         return SAEReport(
             tokens=int(tokens),
             l0=l0 / tokens if tokens else None,
             fvu=error / spread if spread > 0 else None,
+            error_norm=norm / tokens if tokens else None,
             milliseconds=self._seconds * 1000,
         )
 

@@ -20,7 +20,7 @@ def twin(model: M) -> M:
     Raises TypeError for a model with something attached: its hooks would be copied as well.
 
     >>> with attach(twin(model), sae, add(3, 8.0)):
-    ...     model(**inputs)  # as if nothing were attached
+    ...     logits = model(**inputs).logits  # as if nothing were attached
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)

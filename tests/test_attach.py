@@ -312,7 +312,8 @@ def test_nan_at_padding_harms_nobody(activation, splice):
     def codes():
         with attach(model, sae, clamp(3, 1.0), splice=splice) as attachment:
             logits(model, attention_mask=mask)
-            return attachment.codes["resid_post.1"], attachment.report()["resid_post.1"].fvu
+            report = attachment.report()["resid_post.1"]
+            return attachment.codes["resid_post.1"], [report.fvu, report.error_norm]
 
     plain, fvu = codes()
     model.model.layers[1].mlp.register_forward_hook(
@@ -707,8 +708,10 @@ def test_the_report_is_the_papers_fvu_and_the_mean_l0():
     x = torch.cat([stream(model, "resid_post.1").flatten(0, 1)] * 1)
     y = stream(model, "resid_post.1", ids=IDS[:, :4]).flatten(0, 1)
     x = torch.cat([x, y]).double()
-    error = (x - sae(x.float()).double()).square().sum()
+    errors = x - sae(x.float()).double()
+    error = errors.square().sum()
     spread = (x - x.mean(0)).square().sum()
+    assert report.error_norm == pytest.approx(float(errors.norm(dim=-1).mean()), rel=1e-5)
     assert report.tokens == len(x) == 22 and report.milliseconds > 0
     assert report.fvu == pytest.approx(float(error / spread), rel=1e-5)
     assert report.l0 == pytest.approx(float(sae.encode(x.float()).l0().double().mean()))

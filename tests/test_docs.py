@@ -22,6 +22,7 @@ MODULES += ("hub.publish", "hub.publishing.private")
 MODULES += ("measure.reports.compute", "measure.reports.reconstruction")
 MODULES += ("measure.attribution.attribute", "measure.attribution.metric")
 MODULES += ("measure.attribution.agreement", "measure.ablation.ablate", "measure.n2g.graph")
+MODULES += ("measure.steering.setup", "measure.steering.spec", "twin")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ["kernels", "core", "hub", "measure", "train", "engines", "cli"]  # ground first
-FOLDERS = {f: f for f in ("kernels", "hub", "measure", "train", "engines")} | {"bundled": "hub"}
+FLOORS = ["kernels", "core", "hub", "measure", "train", "engines", "demos", "cli"]  # ground first
+FOLDERS = {f: f for f in FLOORS if f not in ("core", "cli")} | {"bundled": "hub"}
+LINKS = ("kernels", "hub", "train", "demos")  # folders that the package reaches by symlink
+SKIPS = {("demos", "train")}  # below, and yet none of its business
 ROOF = "saert"  # saert/__init__.py may see the whole library; nobody inside sees it
 THIRD_PARTY = {"kernels": {"torch", "triton"}}  # the ground floor stands on these alone
 
@@ -27,7 +29,7 @@ def modules(root: Path) -> dict[str, Path]:
     found = {}
     for path in sorted((root / "saert").rglob("*.py")):
         found[".".join(path.relative_to(root).with_suffix("").parts)] = path
-    for folder in ("kernels", "hub", "train"):  # rglob does not enter symlinks
+    for folder in LINKS:  # rglob does not enter symlinks
         for path in sorted((root / folder).rglob("*.py")):
             name = "saert." + ".".join(path.relative_to(root).with_suffix("").parts)
             found[name] = path
@@ -88,7 +90,9 @@ def violations(root: Path) -> list[str]:
                 here, there = floor_of(name), floor_of(target)
                 if FLOORS.index(there) > FLOORS.index(here):
                     complain(path, line, f"{here} imports {target}, which is {there}, above it")
-            elif head in ("kernels", "hub", "train", "demos", "tests", "benchmarks"):
+                elif (here, there) in SKIPS:
+                    complain(path, line, f"{here} imports {target}; {there} is not for {here}")
+            elif head in (*LINKS, "tests", "benchmarks"):
                 complain(path, line, f"imports bare {head}; write saert.…")
             elif (
                 allowed := THIRD_PARTY.get(floor_of(name))
@@ -140,7 +144,7 @@ def test_the_checker_sees_the_house():
 
 def test_mandated_folders_are_not_packages():
     # `kernels/__init__.py` would shadow Hugging Face's `kernels` in every checkout.
-    assert not [f for f in ("kernels", "hub", "train") if (ROOT / f / "__init__.py").exists()]
+    assert not [f for f in LINKS if (ROOT / f / "__init__.py").exists()]
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
@@ -169,6 +173,9 @@ def plant(root: Path, files: dict[str, str]) -> Path:
         ("saert/engines/vllm.py", "import saert._cli_demo", "engines imports saert._cli_demo"),
         ("train/loop.py", "from hub.load import load", "bare hub"),
         ("saert/engines/server.py", "import demos.app", "bare demos"),
+        ("saert/engines/server.py", "import saert.demos.app", "engines imports saert.demos.app"),
+        ("demos/app.py", "from saert._cli_io import x", "demos imports saert._cli_io"),
+        ("demos/app.py", "from saert.train import text", "train is not for demos"),
     ],
 )
 def test_planted_violations_are_caught(tmp_path, file, text, complaint):
@@ -188,6 +195,8 @@ def test_planted_lawful_imports_pass(tmp_path):
             "hub/load.py": "from saert.sae import SAE\nfrom saert.bundled import model",
             "saert/cli.py": "from saert.hub import load\nfrom saert.engines import server",
             "saert/engines/server.py": "import fastapi",
+            "demos/app.py": "import gradio\nfrom saert.measure import ablation",
+            "saert/_cli_app.py": "def f():\n    from saert.demos.app import launch",
         },
     )
     assert violations(tmp_path) == []

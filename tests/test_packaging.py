@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINKS = ["kernels", "hub", "train"]
+LINKS = ["kernels", "hub", "train", "demos"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CODE = {".py", ".pyc"}
 
@@ -40,7 +40,9 @@ def test_every_data_file_is_packaged():
     covered = {path for pattern in globs["saert"] for path in saert.glob(pattern)}
     for folder, _, _ in os.walk(saert, followlinks=True):
         if "." not in str(Path(folder).relative_to(saert)).lstrip("."):  # a dot: no package
-            covered |= {path for pattern in globs["*"] for path in Path(folder).glob(pattern)}
+            package = ".".join(("saert", *Path(folder).relative_to(saert).parts))
+            patterns = [*globs["*"], *(globs.get(package, []) if package != "saert" else [])]
+            covered |= {path for pattern in patterns for path in Path(folder).glob(pattern)}
     left_out = [str(path) for path in data_files() if saert / path not in covered]
     assert not left_out, "no package-data pattern in pyproject.toml matches these"
 

@@ -1,6 +1,6 @@
 """Metrics of a model's logits, for `attribute`: functions of [rows, tokens, vocabulary] -> [rows].
 
-Any function of the logits will do; these two are bound to the rows that they judge, so that
+Any function of the logits will do; these are bound to the rows that they judge, so that
 padding, on either side, counts for nothing.
 """
 
@@ -95,6 +95,26 @@ def logit_difference(
         _check_rows(logits, ids, "logit_difference")
         ends = logits[rows, last].to(accumulation_dtype(logits.dtype))  # [rows, vocabulary]
         return ends[rows, first] - ends[rows, second]
+
+    return metric
+
+
+def token_logit(inputs: Inputs, token: int, position: int) -> Metric:
+    """The logit of a vocabulary entry, less the mean over the vocabulary, at one column.
+
+    Less the mean, because a constant added to all logits changes no prediction. Raises ValueError
+    for a column that the rows do not have.
+    """
+    ids, _ = tokens_of(inputs)
+    if not -ids.shape[1] <= position < ids.shape[1]:
+        raise ValueError(f"token_logit: position {position} of {ids.shape[1]} tokens")
+
+    def metric(logits: Tensor) -> Tensor:
+        _check_rows(logits, ids, "token_logit")
+        if not 0 <= token < logits.shape[-1]:
+            raise ValueError(f"token_logit: token {token} of {logits.shape[-1]} in the vocabulary")
+        here = logits[:, position].to(accumulation_dtype(logits.dtype))
+        return here[:, token] - here.mean(-1)
 
     return metric
 

@@ -175,6 +175,10 @@ class FeatureIndex:
         where = arrays["locations"][part].astype(np.int64)
         return where[:, 0], where[:, 1], arrays["activations"][part].astype(np.float32)
 
+    def tokens_at(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The token ids at some places of the text."""
+        return self._tokens[rows, positions].astype(np.int64)
+
     def card(self, latent: int, selection: Selection = STANDARD) -> Card:
         """What one latent looks like. ValueError if there is no such latent."""
         at, arrays, j, _ = self._find(latent)

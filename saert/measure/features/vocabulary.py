@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
-def vocabulary(tokenizer: Any) -> list[str]:
-    """The string of each token id, white space as it is.
+def vocabulary(tokenizer: Any, ids: Sequence[int] | None = None) -> list[str]:
+    """The string of each token id, or of those given, white space as it is.
 
     A token that is part of a character keeps its vocabulary's spelling (`âĢ`, `<0xE2>`), since
     decoded by itself it would be the same question mark as all others.
     """
-    size = len(tokenizer)
-    raw = tokenizer.convert_ids_to_tokens(list(range(size)))
-    decoded = tokenizer.batch_decode([[i] for i in range(size)])
+    ids = range(len(tokenizer)) if ids is None else ids
+    raw = tokenizer.convert_ids_to_tokens(list(ids))
+    decoded = tokenizer.batch_decode([[i] for i in ids])
     return [_string(a, b) for a, b in zip(raw, decoded, strict=True)]
 
 

@@ -98,7 +98,7 @@ def refinement_report(
     for part in tracked(rows.split(rows_at_once(model, rows, batch)), "refining", progress):
         used, positions = kept(part, special)
         ids, mask = part.to(device), used.to(device)[:, None]
-        clean, hidden = _seen(model, ids, (read, write))
+        clean, hidden = one_pass(model, ids, (read, write))
         x, y = (hidden[place][mask[:, 0]].to(sae.device) for place in (read, write))
         code = sae.encode(x)
         found = refit(sae, code, x, y, max_steps, tol)
@@ -135,7 +135,7 @@ def refinement_report(
     )
 
 
-def _seen(
+def one_pass(
     model: Any, ids: Tensor, places: tuple[Hookpoint, ...]
 ) -> tuple[Tensor, dict[Hookpoint, Tensor]]:
     """Logits [rows, context, vocabulary] and hidden states [tokens, d], from one pass."""

@@ -131,7 +131,8 @@ class Generation:
         if self.prompt_lengths is None or mask.shape[1] <= self.columns:
             self.prompt_lengths = self._measure(mask, self.expansion(rows))
         counted = mask.long().cumsum(-1) - 1
-        real = mask[:, -length:].bool() if padded else None
+        # whole tensors: torch.compile makes a graph for each stride that a view has
+        real = mask[:, -length:].bool().contiguous() if padded else None
         finished = self._finished(ids, length)
         if finished is not None:
             running = ~finished[:, None].expand(rows, length)
@@ -139,7 +140,7 @@ class Generation:
         return Context(
             rows,
             length,
-            positions=counted[:, -length:],
+            positions=counted[:, -length:].contiguous(),
             real=real,
             prompt_lengths=self.prompt_lengths,
             expansion=self.expansion(rows),

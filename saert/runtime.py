@@ -19,6 +19,7 @@ from saert.edits import Edit, LatentEdit, VectorEdit
 from saert.hookpoint import Hookpoint, HookpointError, Location
 from saert.record import Codes, SAEReport
 from saert.sae import SAE
+from saert.static import StaticTap
 from saert.tap import Record, Tap
 from saert.tracker import Tracker, no_copy
 
@@ -43,6 +44,7 @@ def attach(
     record: Record = "last",
     hookpoint: str | Hookpoint | None = None,
     strict: bool = True,
+    compiled: bool = False,
 ) -> Attachment:
     """Put SAEs onto a model. Live when it returns, until `detach()` or the end of a `with` block.
 
@@ -61,6 +63,8 @@ def attach(
             attach, False none: an SAE that no edit reads is then not even encoded.
         hookpoint: where to put a single SAE that does not say, or against what it says.
         strict: refuse an SAE whose metadata names another model.
+        compiled: for a model that is, or will be, compiled: edits can be assigned without compiling
+            again (`saert.static`). Refuses record="all", and recording codes of variable width.
 
     Raises:
         HookpointError, ValueError, TypeError: a hookpoint the model does not have, a width that
@@ -72,7 +76,7 @@ def attach(
     >>> attachment.codes["resid_post.2"]  # [batch, sequence, k], of the latest pass
     SparseCode(1x1 tokens, k=16, num_latents=1024)
     """
-    attachment = Attachment(model, _resolve(saes, hookpoint), record, strict)
+    attachment = Attachment(model, _resolve(saes, hookpoint), record, strict, compiled)
     try:
         attachment.splice = splice
         attachment.refine = refine
@@ -88,7 +92,12 @@ class Attachment:
     """SAEs on a model: their codes, their edits, and the way off again. Made by `attach`."""
 
     def __init__(
-        self, model: nn.Module, saes: list[tuple[Hookpoint, SAE]], record: Record, strict: bool
+        self,
+        model: nn.Module,
+        saes: list[tuple[Hookpoint, SAE]],
+        record: Record,
+        strict: bool,
+        compiled: bool = False,
     ) -> None:
         if record not in (False, "last", "all"):
             raise ValueError(f"record: found {record!r}, expected False, 'last' or 'all'")
@@ -100,7 +109,8 @@ class Attachment:
         self._model = model
         for at, sae in saes:
             check_model(model, sae, at, strict)
-        self._taps = [Tap(model, at, sae, record) for at, sae in saes]
+        make = StaticTap if compiled else Tap
+        self._taps = [make(model, at, sae, record) for at, sae in saes]
         self.codes = Codes(
             [tap.hookpoint for tap in self._taps],
             lambda key: [tap.recorder for tap in self._named(key, "codes")],
@@ -149,10 +159,13 @@ class Attachment:
         owners = [self._owner(one) for one in chosen]
         for tap in self._taps:
             tap.check_edits([e for e, owner in zip(chosen, owners, strict=True) if owner is tap])
-        for tap in self._taps:
+        changed = [
             tap.set_edits([e for e, owner in zip(chosen, owners, strict=True) if owner is tap])
+            for tap in self._taps
+        ]
         self._edits = chosen
-        self._changed()
+        if any(changed):
+            self._changed()
 
     @property
     def splice(self) -> tuple[Hookpoint, ...]:
@@ -183,11 +196,12 @@ class Attachment:
         self._changed()
 
     def report(self) -> dict[str, SAEReport]:
-        """Per hookpoint: tokens, L0, FVU and milliseconds, since attach or the last `clear`.
+        """Per hookpoint: tokens, L0, FVU, error norm and milliseconds, since attach or `clear`.
 
         FVU = Σ‖y - ŷ‖² / Σ‖y - ȳ‖² over the tokens seen (Gao et al. 2024), as the SAE's own input
-        (a transcoder's: its target) stood before its edits; padding is left out. L0 and FVU are
-        None with `record=False`, and of the refined code where `refine` is on.
+        (a transcoder's: its target) stood before its edits; padding is left out. The error norm is
+        the mean of ‖y - ŷ‖₂. L0, FVU and error norm are None with `record=False`, and of the
+        refined code where `refine` is on.
         """
         names = [str(tap.hookpoint) for tap in self._taps]
         keys = [

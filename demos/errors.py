@@ -18,7 +18,7 @@ from saert.hub.session import UserError
 
 log = logging.getLogger(__name__)
 
-
+LONGEST = 1000  # characters of a message
 SAID = (UserError, ValueError, TypeError, OSError, ImportError, NotImplementedError)
 FULL = "out of {kind}: ask for fewer tokens or a shorter text, or wait for others to finish"
 CPU_FULL = ("not enough memory", "can't allocate memory", "cannot allocate memory")
@@ -33,7 +33,8 @@ def visible() -> Iterator[None]:
     """
     try:
         yield
-    except gr.Error:
+    except gr.Error as error:
+        error.message = plain(error.message)
         raise
     except Exception as error:
         if kind := _full(error):
@@ -49,8 +50,22 @@ def visible() -> Iterator[None]:
         raise _said(f"something went wrong ({what}); the app's log says where") from error
 
 
+def warn(words: str, title: str = "Warning") -> None:
+    """A message that ends nothing."""
+    gr.Warning(plain(words), title=title)
+
+
+def plain(words: str) -> str:
+    """A message without markup: pages draw messages as HTML, and they quote what visitors sent.
+
+    Other signs rather than entities, which programs would have to undo.
+    """
+    words = words if len(words) <= LONGEST else f"{words[:LONGEST]}…"
+    return words.replace("<", "‹").replace(">", "›")
+
+
 def _said(words: str) -> gr.Error:
-    return gr.Error(words, print_exception=False)  # the log has had it
+    return gr.Error(plain(words), print_exception=False)  # the log has had it
 
 
 def _full(error: Exception) -> str | None:

@@ -83,13 +83,17 @@ def header(model: str, parameters: int, sentence: str) -> str:
 
 def spelled(text: str) -> str:
     """A token by itself, every space, line break and control character visible, as HTML."""
-    marks = {" ": "·", "\n": "↵", "\r": "␍", "\t": "→"}
     return "".join(
-        escape(char)
-        if char.isprintable() and char != " "
-        else f"<span class='mark'>{marks.get(char, f'U+{ord(char):04X}')}</span>"
+        f"<span class='mark'>{shown}</span>" if (shown := mark(char)) else escape(char)
         for char in text
     )
+
+
+def mark(char: str) -> str:
+    """What stands for a character that cannot be seen; empty for one that can."""
+    if char.isprintable() and char != " ":
+        return ""
+    return {" ": "·", "\n": "↵", "\r": "␍", "\t": "→"}.get(char, f"U+{ord(char):04X}")
 
 
 def running(text: str) -> str:

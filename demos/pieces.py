@@ -3,33 +3,70 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from saert.demos.markup import mark
 from saert.demos.widgets import Bar, Token
 from saert.demos.workbench import Workbench
 from saert.hub.session import UserError
+from saert.measure.steering import encode_prompt
+from saert.measure.steering.prompt import check_room
+from saert.measure.steering.spec import whole
 
-LONGEST = 1024  # tokens that one visitor's text may have
+CHARACTERS = 16 * 1024  # that one visitor's text may have: before it is tokenised, which takes time
+LONGEST = 1024  # tokens of it
+NEW = 400  # tokens that the model may write for it
+PACE = 0.1  # seconds between two updates of a growing text
+
+T = TypeVar("T")
 
 
-def ids_of(bench: Workbench, text: str) -> Tensor:
-    """A text's token ids, int64 [1, tokens]. Raises UserError without text, or with too much."""
+def ids_of(bench: Workbench, text: str, *, chat: bool = False, more: int = 0) -> Tensor:
+    """A text's token ids, int64 [1, tokens]; with `chat`, in the model's chat template.
+
+    Raises UserError without text, with too much of it, or if it and `more` new tokens do not fit
+    the model.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"the text is {type(text).__name__}, expected words")
     if not text.strip():
         raise UserError("there is no text; write at least one word")
-    ids: Tensor = bench.session.encode(text)["input_ids"]
+    if len(text) > CHARACTERS:
+        raise UserError(
+            f"the text has {len(text):,} characters; at most {CHARACTERS:,} are looked at here"
+        )
+    model = bench.session.model
+    ids = encode_prompt(bench.tokenizer, text, chat)["input_ids"].to(model.device)
     if ids.shape[1] > LONGEST:
         raise UserError(f"the text has {ids.shape[1]} tokens; at most {LONGEST} are looked at here")
+    try:
+        check_room(model, ids.shape[1], more)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return ids
 
 
-def place(position: int, length: int) -> int:
-    """A position from 0, given one that may count from the end."""
-    if not -length <= position < length:
-        raise UserError(f"token {position} of a text of {length} tokens; they count from 0")
-    return position % length
+def new_tokens(count: int) -> int:
+    """How many new tokens are asked for, if they may be. Raises TypeError, ValueError."""
+    return whole("max_new_tokens", count, 1, NEW)
+
+
+def paced(states: Iterator[T], every: float = PACE) -> Iterator[T]:
+    """States of something that grows: the first, the last, and between them one every so often.
+
+    Each is sent whole, so to send all of them would take the square of their number.
+    """
+    due, state = -math.inf, None
+    for state in states:
+        if fresh := time.monotonic() >= due:
+            yield state
+            due = time.monotonic() + every
+    if state is not None and not fresh:
+        yield state
 
 
 def number(x: float) -> float | None:
@@ -88,9 +125,7 @@ def quoted(text: str) -> str:
 
 def spelled(text: str) -> str:
     """A token by itself, with spaces and line breaks visible."""
-    for hidden, mark in ((" ", "·"), ("\n", "↵"), ("\t", "→")):
-        text = text.replace(hidden, mark)
-    return text
+    return "".join(mark(char) or char for char in text)
 
 
 def chosen_of(event: Any, length: int) -> int:

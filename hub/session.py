@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from saert.edits import Edit
 from saert.hookpoint import Hookpoint
 from saert.hub import bundled
 from saert.hub.load import load
+from saert.hub.sources.address import is_url
+from saert.hub.sources.source import is_here
 from saert.runtime import Attachment, attach
 from saert.sae import SAE
 
@@ -136,19 +139,39 @@ def load_model(name: str, device: str = "auto") -> tuple[Any, Any]:
 
 def load_sae(source: str) -> Loaded:
     """An SAE by source string: `bundled:PATH`, or whatever `load` takes."""
-    here = Path(source).exists() or "://" in source
-    repo, path = (source, "") if here else (source.partition(":")[0], source.partition(":")[2])
+    repo, _, path = source.partition(":")
     if repo == BUNDLED:
         path = path or bundled.DEMO.hookpoint
         sae = load(BUNDLED, path)
         return Loaded(f"{BUNDLED}:{path}", sae, bundled.labels(path))
-    if not here:
+    if not (is_here(source) or is_url(source)):
         _check_local(repo, "--sae")
-    labels = Path(repo, path, "labels.json")
-    known = json.loads(labels.read_text("utf-8")) if labels.is_file() else {}
+    known = _labels_beside(source)
     with _named(source):
         sae = load(source)  # it knows short names, addresses and REPO:PATH
-    return Loaded(source, sae, {int(key): entry for key, entry in known.items()})
+    return Loaded(source, sae, known)
+
+
+def canonical(source: str) -> str:
+    """One spelling for each SAE, as far as that is known without looking anywhere."""
+    source = source.strip()
+    head, _, inner = source.partition(":")
+    if head == BUNDLED:
+        return f"{BUNDLED}:{inner or bundled.DEMO.hookpoint}"
+    if not is_url(source) and head.startswith((".", "/", "~")):
+        return os.path.abspath(os.path.expanduser(head)) + (f":{inner}" if inner else "")
+    return source
+
+
+def _labels_beside(source: str) -> dict[int, Mapping[str, Any]]:
+    """What `labels.json` in the folder of a local SAE says of its latents."""
+    if is_url(source) or not is_here(source):
+        return {}
+    whole, (head, _, inner) = Path(source).expanduser(), source.partition(":")
+    folder = whole if whole.exists() else Path(head).expanduser() / inner
+    labels = folder / "labels.json"
+    known = json.loads(labels.read_text("utf-8")) if labels.is_file() else {}
+    return {int(key): entry for key, entry in known.items()}
 
 
 def _model_of(saes: Sequence[Loaded]) -> str:
@@ -189,7 +212,7 @@ def _check_local(name: str, option: str) -> None:
     """A path that does not exist should not be looked for on the Hub."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
     path = Path(name)
-    if path.exists() or not looks_local:
+    if not looks_local or path.exists():
         return
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(f"{option} {name}: no such file or folder{_nearest(path.name, siblings)}")

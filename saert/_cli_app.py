@@ -5,14 +5,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saert._cli_io import user_errors
 from saert._cli_options import Device, Model, Sae, Strict
 from saert.hub.session import Session, UserError
+
+if TYPE_CHECKING:
+    from saert.demos.workbench import Loads
 
 
 def app_command(
@@ -40,6 +44,14 @@ def app_command(
     open_: Annotated[
         bool, typer.Option("--open/--no-open", help="Open the address in a browser.")
     ] = False,
+    any_sae: Annotated[
+        bool | None,
+        typer.Option(
+            "--any-sae/--no-any-sae",
+            help="Whether visitors may load other SAEs: from the Hub, up to 1 GB each; files and "
+            "addresses only where nobody but this machine may come. Default: only there.",
+        ),
+    ] = None,
     device: Device = "auto",
     strict: Strict = True,
 ) -> None:
@@ -51,7 +63,25 @@ def app_command(
         with _no_collection():
             launch, open_default = _app()
             session = open_default(model, sae or [], device=device, strict=strict)
-        launch(session, features, server_name=host, server_port=port, share=share, inbrowser=open_)
+        options = {"server_name": host, "server_port": port, "share": share, "inbrowser": open_}
+        launch(session, features, _loads(host, share, any_sae), **options)
+
+
+def _loads(host: str, share: bool, any_sae: bool | None) -> Loads:
+    """Which SAEs visitors may load, given who may come and what was asked for."""
+    alone = not share and _is_loopback(host)
+    if any_sae is None:
+        any_sae = alone
+    if not any_sae:
+        return "nothing"
+    return "anything" if alone else "hub"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _app() -> tuple[Callable[..., None], Callable[..., Session]]:

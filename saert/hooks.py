@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -47,12 +48,37 @@ def hooked(model: nn.Module, hookpoint: Hookpoint, act: Act) -> Iterator[None]:
             handle.remove()
 
 
-def eager() -> AbstractContextManager[object]:
-    """Compiled models run uncompiled inside."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+class _Eager:
+    """Compiled models run uncompiled inside, in every thread: torch has one stance for all.
+
+    So the first to enter sets it and the last to leave restores it, whatever their order.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stance: AbstractContextManager[object] | None = None
+        self._inside = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
+            yield
+            return
+        with self._lock:
+            if self._stance is None:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    stance, self._stance = self._stance, None
+                    stance.__exit__(None, None, None)
+
+
+eager = _Eager()
 
 
 def _register(at: Location, act: Act, prepend: bool = False) -> RemovableHandle:

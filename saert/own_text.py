@@ -22,8 +22,10 @@ def own_text(
 ) -> Tensor:
     """int64 [rows, context] on the CPU, sampled from the token `start`, the same every time.
 
-    From the model's own distribution, without top-k or temperature, which would make easier text.
-    Random numbers come from a generator of its own, so that other threads may draw theirs.
+    Without top-k, top-p or temperature, which would make easier text. What else the model's
+    generation_config says holds (a repetition penalty, say), and no row ends early: its
+    end-of-text tokens are never drawn. Random numbers come from a generator of its own, so that
+    other threads may draw theirs.
     `told` hears how many rows are written, and of how many.
     """
     device = device_of(model)
@@ -48,6 +50,7 @@ def own_text(
                 top_p=1.0,
                 min_new_tokens=context - 1,
                 max_new_tokens=context - 1,
+                max_length=None,  # the model's own would make transformers warn each time
                 pad_token_id=start,
             ).cpu()
         )

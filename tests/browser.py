@@ -145,6 +145,14 @@ def new_page(browser: Any, app_url: str) -> Iterator[Callable[..., Any]]:
     assert not wrong, "\n".join(wrong)
 
 
+def settled(page: Any) -> None:
+    """Wait until nothing is under way, half faded in or about to be aborted by a reload."""
+    busy = ".progress-text, .generating, [aria-busy=true]"
+    for _ in range(2):  # one event may be followed by another
+        page.wait_for_timeout(300)
+        page.wait_for_function(f"!document.querySelector('{busy}')")
+
+
 @pytest.fixture
 def page(new_page: Callable[..., Any]) -> Any:
     """A fresh visitor with the app open, 1280 by 900."""

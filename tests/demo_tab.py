@@ -29,7 +29,7 @@ def served(tab: Any, bench: Workbench) -> Iterator[Any]:
     import gradio as gr
     from gradio_client import Client
 
-    from saert.demos.app import Shared
+    from saert.demos.shared import Shared
 
     with gr.Blocks(analytics_enabled=False) as app:
         edits = gr.State([])

@@ -50,6 +50,8 @@ def test_from_a_text_to_a_card_and_on_to_steering(explore):
     neighbour = re.match(r"#(\d+)", title.inner_text()).group(1)
     expect(page.locator("#explore-examples .saert-line").first).to_be_visible()
     page.locator("#explore-steer").click()
+    rows = page.locator(".steer-title")  # what the page began with gives way
+    expect(rows).to_have_count(1)
     expect(page.get_by_role("tab", name="Steer", selected=True)).to_be_visible()
     expect(page.get_by_role("tabpanel").filter(visible=True)).to_contain_text(neighbour)
 
@@ -71,7 +73,7 @@ def test_searching_and_what_is_not_there(explore):
     expect(page.locator("#explore-title h3")).to_have_text("#71 food")
     page.locator("#explore-text textarea").fill("  ")
     page.locator("#explore-look").click()
-    expect(page.get_by_text("write some text to look at")).to_be_visible()
+    expect(page.get_by_text("write at least one word")).to_be_visible()
     page.locator("#explore-text textarea").fill("dog " * 300)
     page.locator("#explore-look").click()
     expect(page.get_by_text(re.compile("the prompt has .* tokens"))).to_be_visible()
@@ -87,7 +89,9 @@ def test_another_sae_and_one_that_does_not_exist(explore):
     source = page.locator("#source input")
     source.fill("./nowhere")
     source.press("Enter")
-    expect(page.get_by_text("no such file or folder").first).to_be_visible()
+    toast = page.get_by_test_id("toast-body").filter(has_text="The SAE stays")
+    expect(toast).to_have_count(1)
+    expect(page.get_by_test_id("toast-body")).to_have_count(1)
     expect(source).to_have_value("bundled:resid_post.2")
     expect(page.locator("#explore-title h3")).to_be_visible()
     source.fill("bundled:mlp_in.2")  # a transcoder
@@ -113,4 +117,6 @@ def test_by_keyboard_on_a_phone(new_page):
     listed.focus()
     page.keyboard.press("Enter")
     expect(page.locator("#explore-title h3")).to_be_in_viewport()
+    page.locator("#explore-steer").click()
+    expect(page.locator(".steer-title")).to_be_in_viewport()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

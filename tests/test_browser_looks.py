@@ -6,6 +6,8 @@ import pytest
 
 pytest.importorskip("gradio", reason="needs gradio: pip install 'saert[demo]'")
 
+from browser import settled  # noqa: E402
+
 from saert.demos import widgets  # noqa: E402
 
 pytestmark = pytest.mark.browser
@@ -18,7 +20,7 @@ KNOWN: list[tuple[str, str]] = []
 def open_tab(page, name):
     page.get_by_role("tab", name=name, exact=True).click()
     page.get_by_role("tab", name=name, exact=True, selected=True).wait_for()
-    page.wait_for_timeout(300)  # what it draws
+    settled(page)
 
 
 def violations(page):
@@ -55,6 +57,8 @@ def test_axe_finds_nothing_in_a_card_or_a_message(page):
     page.locator("#explore-card h3").or_(page.locator("#explore-title h3")).first.wait_for()
     assert not violations(page)
     open_tab(page, "Steer")
+    page.locator("#steer-0-remove").click()
+    page.locator("#steer-0-remove").wait_for(state="hidden")
     page.locator("#steer-run").click()  # with no latent to steer with
     page.get_by_test_id("toast-close").wait_for()
     assert not violations(page)
@@ -74,7 +78,10 @@ def test_light_and_dark_switch_at_once_and_are_remembered(page):
     light = page.evaluate(ground)
     page.get_by_role("button", name="Switch to dark colours").click()
     page.wait_for_function(f"{ground} !== '{light}'")
-    page.goto(page.url.partition("?")[0])
+    address = page.url.partition("?")[0]
+    settled(page)
+    page = page.context.new_page()  # to leave a page makes gradio log its aborted connection
+    page.goto(address)
     page.get_by_role("button", name="Switch to light colours").click()
     page.wait_for_function(f"{ground} === '{light}'")
 
@@ -95,10 +102,10 @@ def test_tabs_and_controls_are_reached_by_keyboard(page):
 
 # the widgets by themselves, in a page without gradio
 
-HARNESS = """([script, value]) => {
+HARNESS = """([script, value, legend]) => {
     document.body.innerHTML = '<div id="w"></div><button id="after">after</button>';
     window.chosen = []; window.watched = [];
-    window.props = {value, label: 'Text'};
+    window.props = {value, legend, label: 'Text'};
     const watch = (names, call) => watched.push(call);
     new Function('element', 'trigger', 'props', 'server', 'upload', 'watch', script)(
         document.getElementById('w'), (name, data) => chosen.push([name, data.index]),
@@ -117,8 +124,8 @@ def blank(browser):
     page.close()
 
 
-def put(page, kind, value, choose=False, empty=""):
-    page.evaluate(HARNESS, [widgets.script(kind, choose, empty), value])
+def put(page, kind, value, choose=False, empty="", marks=False, legend=()):
+    page.evaluate(HARNESS, [widgets.script(kind, choose, empty, marks), value, list(legend)])
 
 
 def test_text_of_a_token_never_becomes_markup(blank):
@@ -143,6 +150,34 @@ def test_a_strip_is_one_stop_for_tab_and_arrows_move_in_it(blank):
     assert blank.evaluate("chosen") == [["select", 3], ["select", 8], ["select", 0]]
     blank.keyboard.press("Tab")
     assert blank.evaluate("document.activeElement.id") == "after"
+
+
+def test_numbers_of_a_strip_that_nobody_can_choose_from_are_read_without_a_mouse(blank):
+    items = [{"text": f" {i}", "title": f"number {i}", "heat": 0.1} for i in range(4)]
+    put(blank, "tokens", items, legend=("", "4 nats"))
+    line = blank.locator(".saert-title")
+    assert line.inner_text() == "Point at a token for its numbers."
+    for key, said in (("Tab", "number 0"), ("ArrowRight", "number 1"), ("End", "number 3")):
+        blank.keyboard.press(key)
+        assert line.inner_text() == said
+    blank.keyboard.press("Enter")
+    assert blank.evaluate("chosen") == []
+    blank.locator(".tk").nth(2).hover()
+    assert line.inner_text() == "number 2"
+    blank.keyboard.press("Tab")
+    assert blank.evaluate("document.activeElement.id") == "after"
+    assert blank.locator(".saert-legend span").all_inner_texts() == ["0", "4 nats"]
+    blank.evaluate(UPDATE, [{"text": "plain"}])
+    assert line.is_hidden() and blank.locator(".saert-legend").is_hidden()
+    assert blank.locator(".tk").get_attribute("tabindex") is None
+
+
+def test_what_is_chosen_is_marked_before_the_server_answers(blank):
+    put(blank, "bars", [{"name": str(i), "selected": i == 0} for i in range(3)], True, marks=True)
+    blank.locator("button.bar").nth(2).click()
+    assert blank.evaluate("props.value.map(one => one.selected)") == [False, False, True]
+    assert blank.locator("button.bar.on").all_text_contents() == ["2  "]
+    assert blank.evaluate("chosen") == [["select", 2]]
 
 
 def test_bars_are_buttons(blank):

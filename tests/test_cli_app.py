@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -39,10 +40,10 @@ def test_help_has_examples():
 
 def test_all_bundled_saes_with_the_labelled_one_first(launched):
     assert run(app, ["app"]).exit_code == 0
-    ((session, features, options),) = launched
+    ((session, features, loads, options),) = launched
     sources = [one.source for one in session.saes]
     assert sources[0] == "bundled:resid_post.2" and len(set(sources)) == len(sources) == 5
-    assert features is None
+    assert features is None and loads == "anything"  # nobody but this machine may come
     assert options == {
         "server_name": "127.0.0.1", "server_port": None, "share": False, "inbrowser": False,
     }  # fmt: skip
@@ -51,10 +52,65 @@ def test_all_bundled_saes_with_the_labelled_one_first(launched):
 def test_options_reach_the_app(launched, tmp_path):
     options = ["--sae", "bundled:mlp_in.2", "--port", "7959", "--host", "0.0.0.0", "--open"]
     assert run(app, ["app", *options, "--features", str(tmp_path), "--no-strict"]).exit_code == 0
-    ((session, features, options),) = launched
+    ((session, features, loads, options),) = launched
+    assert loads == "nothing"  # others may come
     assert [one.source for one in session.saes] == ["bundled:mlp_in.2"] and not session.strict
     assert features == tmp_path
     assert options["server_port"] == 7959 and options["inbrowser"] is True
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--host localhost", "anything"),
+        ("--host 127.0.0.2", "anything"),
+        ("--host ::1 --any-sae", "anything"),
+        ("--no-any-sae", "nothing"),
+        ("--share", "nothing"),
+        ("--host 192.168.1.7", "nothing"),
+        ("--host example.org", "nothing"),
+        ("--host :: --any-sae", "hub"),
+        ("--share --any-sae", "hub"),
+    ],
+)
+def test_strangers_load_nothing_unless_allowed_and_then_from_the_hub(launched, options, expected):
+    assert run(app, ["app", "-s", "bundled:mlp_in.2", *options.split()]).exit_code == 0
+    assert launched[0][2] == expected
+
+
+@pytest.mark.parametrize("asked", [None, "1"])
+def test_a_space_loads_nothing_else_unless_allowed(launched, monkeypatch, asked):
+    from saert.demos.app import main
+
+    monkeypatch.setenv("SAERT_SAE", "bundled:mlp_in.2")
+    if asked:
+        monkeypatch.setenv("SAERT_ANY_SAE", asked)
+    main()
+    assert launched[0][2] == ("hub" if asked else "nothing")
+
+
+@pytest.mark.slow
+def test_it_ends_in_peace_while_it_reads_in_the_background(tmp_path):
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'saert[demo]'")
+    command = [sys.executable, "-c", "from saert.cli import app; app()", "app", "-s", "bundled"]
+    process = subprocess.Popen(
+        command, env={**os.environ, "SAERT_CACHE": str(tmp_path)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if "http://" in line:
+                break
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "text").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+        assert not list((tmp_path / "text").glob("*.safetensors")), "it was not at work"
+        assert process.returncode == 0 and "terminate" not in said and "Traceback" not in said, said
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(

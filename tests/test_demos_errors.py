@@ -9,7 +9,7 @@ import torch
 
 gr = pytest.importorskip("gradio", reason="needs gradio: pip install 'saert[demo]'")
 
-from saert.demos.errors import shown  # noqa: E402
+from saert.demos.errors import LONGEST, shown, warn  # noqa: E402
 from saert.hub.session import UserError  # noqa: E402
 
 CPU_FULL = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
@@ -71,6 +71,31 @@ def test_refusals_leave_no_traceback(caplog):
 def test_messages_of_gradio_pass(caplog):
     with pytest.raises(gr.Error, match="as it is"):
         fails(gr.Error("as it is"))()
+
+
+EVIL = "no <img src=https://evil.example/x> & <b>bold</b> here"
+
+
+@pytest.mark.parametrize("raised", [ValueError, KeyError, gr.Error, UserError])
+def test_messages_bring_no_markup_of_visitors(raised):
+    """Pages draw them as HTML, and they quote what came in a link."""
+    with pytest.raises(gr.Error) as caught:
+        fails(raised(EVIL))()
+    assert "<" not in caught.value.message
+    assert "no ‹img src=https://evil.example/x› & ‹b›bold" in caught.value.message  # readable
+
+
+def test_warnings_bring_none_either(monkeypatch):
+    said = []
+    monkeypatch.setattr(gr, "Warning", lambda words, **how: said.append(words))
+    warn(EVIL)
+    assert said == [EVIL.replace("<", "‹").replace(">", "›")]
+
+
+def test_long_messages_are_cut():
+    with pytest.raises(gr.Error) as caught:
+        fails(ValueError("x" * 10_000))()
+    assert len(caught.value.message) <= LONGEST + 1
 
 
 def test_a_call_that_ran_out_of_memory_keeps_nothing():

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 pytest.importorskip("gradio", reason="needs gradio: pip install 'saert[demo]'")
 gradio_client = pytest.importorskip("gradio_client")
 
-from saert.demos.app import LAUNCH, build, open_default  # noqa: E402
+from saert.demos.app import LAUNCH, QUEUE, build, open_default  # noqa: E402
+from saert.demos.steer.setup import steps  # noqa: E402
+from saert.demos.workbench import Workbench  # noqa: E402
 from saert.hub import bundled  # noqa: E402
 from saert.measure.steering import EditSpec, Sampling, Setup  # noqa: E402
 
@@ -39,7 +42,7 @@ PUBLIC = {
 
 @pytest.fixture(scope="module")
 def url():
-    app = build(open_default(None, [SOURCE, OTHER])).queue(default_concurrency_limit=8)
+    app = build(open_default(None, [SOURCE, OTHER])).queue(**QUEUE)
     _, address, _ = app.launch(**LAUNCH)
     yield address
     app.close()
@@ -96,25 +99,20 @@ def test_setups_differ_and_steer(url):
     assert any(answer["steered"] != answer["default"] for answer in answers)
 
 
-def test_two_streams_taken_in_turns(url):
-    """Token by token from two visitors: neither sees the other's edits."""
-    clients = [visitor(url) for _ in range(2)]
+def test_two_streams_taken_in_turns():
+    """Token by token for two visitors of one app: neither sees the other's edits."""
+    bench = Workbench(open_default(None, [SOURCE, OTHER]))
     pair = SETUPS[0], SETUPS[1]  # one prompt, other edits
-    alone = [
-        list(client.submit(setup.to_json(), api_name="/steer"))
-        for client, setup in zip(clients, pair, strict=True)
-    ]
-    streams = [
-        client.submit(setup.to_json(), api_name="/steer")
-        for client, setup in zip(clients, pair, strict=True)
-    ]
-    together = [[], []]
-    for _ in range(max(map(len, alone))):
-        for got, stream in zip(together, streams, strict=True):
-            got.extend([value for value in [next(stream, None)] if value is not None])
-    texts = [[(one["default"], one["steered"]) for one in values] for values in (*alone, *together)]
-    assert texts[:2] == texts[2:]
-    assert texts[0][-1] != texts[1][-1]
+
+    def told(step):
+        return (step.prompt, step.default, step.steered, step.live)
+
+    alone = [[told(step) for step in steps(bench, setup)] for setup in pair]
+    in_turns = zip_longest(*(steps(bench, setup) for setup in pair))
+    together = zip(*([step and told(step) for step in turn] for turn in in_turns), strict=True)
+    found = [[step for step in stream if step] for stream in together]
+    assert found == alone
+    assert alone[0] != alone[1]
 
 
 @pytest.mark.slow

@@ -63,18 +63,12 @@ def text(tokens):
 
 
 @pytest.mark.parametrize("unit", [0.3, 1.0, 10.77])
-def test_slider_means_what_it_says(unit):
-    assert strength.amount(0, unit) == 0
-    assert strength.amount(50, unit) == pytest.approx(unit, rel=5e-3)
-    assert strength.amount(100, unit) == pytest.approx(10 * unit, rel=5e-3)
-    places = [strength.amount(p, unit) for p in range(-100, 101)]
-    assert places == sorted(places)
-    assert places == [-one for one in reversed(places)]
-
-
-def test_slider_and_box_agree():
+def test_slider_means_what_its_ticks_say(unit):
+    ticks = {-10: -100, -1: -50, 0: 0, 1: 50, 10: 100}
+    assert {n: strength.position(n * unit, unit) for n in ticks} == ticks
     for place in range(-100, 101):
-        assert abs(strength.position(strength.amount(place, 10.77), 10.77) - place) <= 1
+        amount = math.copysign(unit * (9 ** (abs(place) / 50) - 1) / 8, place)
+        assert strength.position(amount, unit) == place
     assert strength.position(1e6, 10.0) == 100
     assert strength.position(-1e6, 10.0) == -100
 
@@ -98,7 +92,22 @@ def test_unit_says_where_it_is_from(bench):
 def test_added_at_its_own_strongest(bench):
     (row,) = steer_rows.add(bench, [], SAE, "71", "")
     assert EditSpec.from_dict(row) == EditSpec(SAE, 71, "add", 10.8)
-    assert steer_rows.add(bench, [], SAE, "71 · food", "") == [row]
+    assert steer_rows.add(bench, [], SAE, "#71 · food", "") == [row]
+    assert steer_rows.add(bench, [], SAE, "to the park", "")[0]["latent"] == 546
+
+
+def test_several_latents_are_offered_and_one_twice_is_said(bench, monkeypatch):
+    with pytest.raises(steer_rows.Several, match="is in .* labels or names") as several:
+        steer_rows.add(bench, [], SAE, "to", "")
+    listed = steer_rows.choices(bench.sae(SAE), several.value.hits)
+    first = [f"#{hit.latent} · {hit.label}" for hit in several.value.hits]
+    assert [name for name, _ in listed[: len(first)]] == first
+    assert len({value for _, value in listed}) == len(listed) == len(bench.sae(SAE).labels)
+    said = []
+    monkeypatch.setattr(steer_rows, "warn", lambda words, title: said.append(words))
+    now = steer_rows.add(bench, [], SAE, "71", "")
+    assert not said
+    assert len(steer_rows.add(bench, now, SAE, "71", "")) == 2 and "twice" in said[0]
 
 
 def test_modes_keep_or_change_the_strength(bench):
@@ -111,7 +120,15 @@ def test_modes_keep_or_change_the_strength(bench):
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"), [("", "which latent"), ("1024", "0 to 1023"), ("-1", "0 to 1023")]
+    ("asked", "said"),
+    [
+        ("", "which latent"),
+        ("1024", "0 to 1023"),
+        ("-1", "0 to 1023"),
+        ("1.5", "whole ones from 0 to 1023"),
+        ("0x10", "whole ones"),
+        ("9" * 5000, "0 to 1023"),
+    ],
 )
 def test_no_such_latent(bench, asked, said):
     with pytest.raises(UserError, match=said):
@@ -126,23 +143,35 @@ def test_no_more_rows_than_fit(bench):
 
 def test_only_what_changed_is_drawn(bench):
     first, second = (EditSpec(SAE, n, "add", 5.0).to_dict() for n in (71, 349))
-    kept, drawn, *parts = steer_rows.draw(bench, [first, second], [first], "")
+    kept, drawn, *parts = steer_rows.draw(bench, [first, second], [first], [], "")
     assert kept == drawn == [first, second]
     rows = [parts[i : i + 8] for i in range(0, len(parts), 8)]
     assert all(one == gr.skip() for one in rows[0])
     assert "349" in rows[1][1] and "sad" in rows[1][1]
-    assert rows[1][4]["value"] == 5.0
+    assert rows[1][5]["value"] == 5.0
+    assert "data-unit='" in rows[1][1]
     assert all(one == gr.skip() for row in rows[2:] for one in row)
-    *_, gone = [steer_rows.draw(bench, [first], [first, second], "")[2:][8]]
+    *_, gone = [steer_rows.draw(bench, [first], [first, second], [], "")[2:][8]]
     assert gone["visible"] is False
+
+
+def test_what_the_page_began_with_gives_way(bench):
+    began, other = (EditSpec(SAE, n, "add", 5.0).to_dict() for n in (71, 349))
+    assert steer_rows.draw(bench, [began, other], [began], [began], "")[0] == [other]
+    assert steer_rows.draw(bench, [began, other], [began], [], "")[0] == [began, other]
+    moved = began | {"amount": 6.0}
+    assert steer_rows.draw(bench, [moved, other], [moved], [began], "")[0] == [moved, other]
+    assert steer_rows.draw(bench, [began], [], [began], "")[0] == [began]
 
 
 def test_what_a_row_says_goes_into_its_edit():
     now = [EditSpec(SAE, n, "add", 5.0).to_dict() for n in (71, 349)]
     both = steer_rows._put(1, "when")(now, 532)
     assert both[0] == both[1] and both[0][1]["when"] == 532 and both[0][0] == now[0]
-    moved, _ = steer_rows._moved(0)(now, 100, 10.0)
-    assert moved[0]["amount"] == 100
+    assert steer_rows._put(0, "amount")(now, 100, 77)[0][0]["amount"] == 100
+    for field in ("amount", "above"):
+        assert steer_rows._put(0, field)(now, None) == (now, now)  # an empty box
+    assert steer_rows._put(1, "when")(both[0], None)[0] == now
     assert steer_rows._put(5, "when")(now, 1) == (now, now)  # removed meanwhile
 
 
@@ -194,8 +223,12 @@ def test_condition_on_a_latent_that_does_not_exist(bench):
 
 def test_prompt_too_long(bench):
     setup = Setup("bundled", "one " * 300, edits=(EditSpec(SAE, 71, "add", 6.0),))
-    with pytest.raises(ValueError, match="holds 256"):
+    with pytest.raises(UserError, match="holds 256"):
         written(bench, setup)
+    with pytest.raises(UserError, match="holds 256"):
+        presets.strongest(bench, SAE, "one " * 300)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        checked(bench, replace(setup, sampling=Sampling(401)))
 
 
 # -- presets -----------------------------------------------------------------------------------
@@ -219,6 +252,10 @@ def test_presets_say_what_they_do(bench):
     said = {name: text(written(bench, one).steered) for name, one in presets.OURS.items()}
     assert "apple" in said["Hungry"] or "eat" in said["Hungry"]
     assert "sad" in said["Sad"]
+    name = "Not “to the park”"
+    assert "park" not in said[name]
+    assert "park" in text(written(bench, presets.OURS[name]).default)
+    assert presets.start(bench).edits == presets.OURS["Hungry"].edits
     assert "sad" in said["Sad, but only near trees"]
     assert said["Sad, but only near trees"].index("sad") > said["Sad, but only near trees"].index(
         "tree"
@@ -227,8 +264,11 @@ def test_presets_say_what_they_do(bench):
 
 def test_strongest_latents_of_a_prompt(bench):
     specs = presets.strongest(bench, SAE, presets.STORY)
+    fires, highest = strength.strongest_here(bench, SAE, presets.STORY)
+    assert [one.latent for one in specs] == fires[:3]
+    assert specs[0].amount == float(f"{highest.max():.3g}")
     assert len(specs) == 3 and specs[0].amount >= specs[1].amount >= specs[2].amount > 0
-    with pytest.raises(UserError, match="prompt first"):
+    with pytest.raises(UserError, match="no text"):
         presets.strongest(bench, SAE, " ")
 
 
@@ -247,33 +287,56 @@ def test_titles_and_heat_are_the_numbers(bench):
     assert all(0 <= one.get("heat", 0) <= 1 for one in kl)
     assert not any("heat" in one for one in steer_text.heated(texts, steer_text.NONE))
     assert not any("heat" in one for one in steer_text.plain(texts))
-    names = {one["name"] for one in steer_text.figures(texts)}
-    assert {"mean KL, nats", "L0 · resid_post.2", "FVU · resid_post.2"} <= names
+    notes = {one["name"]: one["note"] for one in steer_text.figures(texts)}
+    assert {"mean KL, nats", "L0 · resid_post.2", "FVU · resid_post.2"} <= notes.keys()
+    assert "over 8 tokens written" in notes["mean KL, nats"]
+    assert f"over {texts.live[SAE].tokens} tokens" in notes["L0 · resid_post.2"]
+    given = steer_text.plain(texts)
+    assert [one.get("muted", False) for one in given] == [True] * len(texts.prompt) + [False] * 8
 
 
 # -- sharing -----------------------------------------------------------------------------------
 
 
-def test_link_json_and_script_are_of_what_is_set(bench):
+def test_link_json_and_script_are_of_what_is_set(bench, tmp_path):
     edits = [EditSpec(SAE, 71, "clamp", 6.0, when=532, above=0.5).to_dict()]
     link, data, script = steer_share.share(bench, edits, *HOW)
     setup = compose(bench, edits, *HOW)
-    assert steer_share.linked(bench, link.removeprefix("?setup=")) == setup
-    assert steer_share.opened(bench, data) == setup
+    assert steer_share.from_link(bench, link.removeprefix("?setup=")) == setup
+    assert steer_share.from_json(bench, data) == setup
+    file = tmp_path / "setup.json"
+    file.write_text(data)
+    assert steer_share.from_file(bench, str(file)) == setup
     compile(script, "snippet", "exec")
     assert steer_share.share(bench, [], *HOW)[2].startswith("# not yet")
+    nothing = steer_share.share(bench, edits, SAE, "x", COMPLETION, [], *HOW[4:])[2]
+    assert all(line.startswith("#") for line in nothing.splitlines())
 
 
-def test_bad_links_are_refused(bench):
+def test_bad_links_are_refused(bench, tmp_path):
     other = Setup("gpt2", "x", edits=(EditSpec(SAE, 71),)).to_link()
-    for link, said in (("nonsense!", "does not hold"), (other, "for the model gpt2")):
+    cut = presets.start(bench).to_link()[:-9]
+    changed = "this link does not hold a setup: it was not made by saert, or changed on the way$"
+    for link, said in (
+        ("nonsense!", changed), ("bm9uc2Vuc2U", changed), (cut, "some of it is missing"),
+        (other, "for the model gpt2"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=said):
-            steer_share.linked(bench, link)
+            steer_share.from_link(bench, link)
     mixed = (EditSpec(SAE, 71, phase="prompt"), EditSpec(SAE, 72, phase="generated"))
     with pytest.raises(UserError, match="one choice for all"):
         steer_share.state(Setup("bundled", "x", edits=mixed))
-    with pytest.raises(UserError, match="does not hold"):
-        steer_share.opened(bench, "{")
+    for given, said in (
+        ("{", "not JSON from line 1, column 2 on"), ("[]", "no object with a model"),
+        ('{"model": "bundled"}', "'prompt' is missing"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"this JSON does not hold a setup: .*{said}"):
+            steer_share.from_json(bench, given)
+    file = tmp_path / "not.json"
+    for content, said in ((b"\xff\xfe\x00", "not made by saert"), (b"x" * 100_001, "too large")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"this file does not hold a setup: .*{said}"):
+            steer_share.from_file(bench, str(file))
 
 
 # -- endpoints ---------------------------------------------------------------------------------

@@ -106,9 +106,9 @@ def test_widgets_hand_data_to_the_browser_as_data():
     shown.value = [{"text": text, "heat": 0.1} for text in NASTY]
     assert shown.html_template == "<span></span>"  # no value is ever part of a template
     assert "innerHTML" not in shown.js_on_load
-    given = dict(re.findall(r"^const (\w+) = (.*);$", shown.js_on_load, re.M)[:3])
+    given = dict(re.findall(r"^const (\w+) = (.*);$", shown.js_on_load, re.M)[:4])
     assert {name: json.loads(value) for name, value in given.items()} == {
-        "KIND": "tokens", "CHOOSE": True, "EMPTY": 'say "more"</script>',
+        "KIND": "tokens", "CHOOSE": True, "EMPTY": 'say "more"</script>', "AT_ONCE": False,
     }  # fmt: skip
 
 
@@ -151,6 +151,19 @@ def test_text_is_readable_at_any_heat(block, hue, ink):
             h * heat + g * (1 - heat) for h, g in zip(of[hue], of["ground"], strict=True)
         )
         assert contrast(of[ink], ground) >= READABLE, f"heat {heat}"
+
+
+@pytest.mark.parametrize(("block", "hue"), list(product([":root", ".dark"], ["plus", "minus"])))
+def test_muted_text_is_readable_at_any_heat(block, hue):
+    rule = re.search(r"min\(100%, var\(--heat, 0\) \* (\d+)%\)", theme.STYLE.read_text("utf-8"))
+    of = colours(block)
+
+    def mixed(one, other, share):
+        return tuple(a * share + b * (1 - share) for a, b in zip(of[one], of[other], strict=True))
+
+    for step in range(101):
+        ink = mixed("text", "quiet", min(1.0, step / 100 * int(rule[1]) / 100))
+        assert contrast(ink, mixed(hue, "ground", step / 100)) >= READABLE
 
 
 @pytest.mark.parametrize("block", [":root", ".dark"])

@@ -112,6 +112,21 @@ def test_an_index_is_made_once_and_told_of(bench, tmp_path, monkeypatch):
     assert again.labels == {3: "three"}
 
 
+def test_an_index_may_go_elsewhere_and_what_hears_of_it_may_end_it(bench, tmp_path):
+    cache, folder = tmp_path / "cache", tmp_path / "elsewhere"
+    made = own_index(*bench, cache=cache, folder=folder, **SMALL)
+    assert made.place.is_relative_to(folder) and not (cache / "features").exists()
+    kept = own_index(*bench, cache=cache, **SMALL)
+    assert kept.place.is_relative_to(cache) and torch.equal(kept.counts, made.counts)
+
+    def told(part, what):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        own_index(*bench, cache=tmp_path / "other", told=told, **SMALL)
+    assert not list((tmp_path / "other").rglob("*.safetensors"))
+
+
 def test_a_torn_index_is_made_again(bench, tmp_path):
     made = own_index(*bench, cache=tmp_path, **SMALL)
     path = sorted(made.place.glob("*.safetensors"))[2]

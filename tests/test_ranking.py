@@ -121,13 +121,25 @@ def test_what_cannot_be_ranked_is_refused(model):
         rank_latents(model, sae, IDS, by="size")
     with pytest.raises(ValueError, match="expected one text"):
         rank_latents(model, sae, IDS.expand(2, -1))
-    with pytest.raises(ValueError, match="horizon is 0"):
-        logit_changes(model, sae, IDS, 0, 1, horizon=0)
+    for wrong, error in ((0, "horizon is 0"), (2.5, "found 2.5, expected a whole number")):
+        with pytest.raises((ValueError, TypeError), match=error):
+            logit_changes(model, sae, IDS, 0, 1, horizon=wrong)
+        with pytest.raises((ValueError, TypeError), match=error):
+            rank_latents(model, sae, IDS, horizon=wrong)
+    with pytest.raises(TypeError, match="position: found 1.5, expected a whole number"):
+        rank_latents(model, sae, IDS, 1.5)
     with torch.no_grad():
         silent = sae_at("resid_post.1", "relu")
         silent.b_enc.fill_(-1e9)
     with pytest.raises(ValueError, match="no latent is active at token 10"):
         rank_latents(model, silent, IDS)
+
+
+def test_a_horizon_ends_with_the_text(model):
+    sae = sae_at("resid_post.1")
+    some, far = (rank_latents(model, sae, IDS, 8, horizon=n) for n in (3, 10**9))
+    assert far.effects.kl_by_token.shape == some.effects.kl_by_token.shape  # not [n, 10**9]
+    assert torch.equal(far.scores, some.scores) and torch.equal(far.latents, some.latents)
 
 
 def test_one_token_has_kl_and_nothing_after():

@@ -1,5 +1,6 @@
 """A twin is another module tree on the same weights: nothing done to one is done to the other."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -8,6 +9,8 @@ import torch
 from tiny_models import VOCAB, peft_wrap, tiny
 
 from saert import TopK, add, attach, twin
+from saert.hookpoint import Hookpoint
+from saert.hooks import eager, hooked
 from saert.hub import bundled
 from saert.sae import SAE
 
@@ -73,6 +76,43 @@ def test_a_model_with_something_attached_is_refused():
     with attach(model, sae), pytest.raises(TypeError, match="cannot be copied"):
         twin(model)
     twin(model)
+
+
+@pytest.mark.parametrize("place", ["resid_post.1", "mlp_in.1"])
+def test_a_model_whose_hidden_states_are_read_is_refused(place):
+    model = tiny("llama")
+    reading = hooked(model, Hookpoint.parse(place), lambda hidden: None)
+    with reading, pytest.raises(TypeError, match="cannot be copied"):
+        twin(model)
+    twin(model)
+
+
+def test_threads_that_overlap_leave_compiled_models_compiled():
+    from torch._dynamo import eval_frame
+
+    def stance():
+        return eval_frame._stance.stance
+
+    assert "torch._dynamo" in sys.modules and stance() == "default"
+    first, second = eager(), eager()
+    first.__enter__()
+    second.__enter__()
+    assert stance() == "force_eager"
+    first.__exit__(None, None, None)  # in the order of threads, not of nesting
+    assert stance() == "force_eager"
+    second.__exit__(None, None, None)
+    assert stance() == "default"
+    ready = Barrier(4)
+
+    def work(_):
+        ready.wait()
+        for _ in range(50):
+            with eager():
+                assert stance() == "force_eager"
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert stance() == "default"
 
 
 def steer(model, sae, latent):

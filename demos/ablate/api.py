@@ -10,7 +10,7 @@ from gradio.events import api
 from saert.demos.ablate import data
 from saert.demos.ablate import text as texts
 from saert.demos.errors import shown
-from saert.demos.workbench import Workbench
+from saert.demos.workbench import HEAVY, Workbench
 
 
 def endpoints(bench: Workbench) -> None:
@@ -39,6 +39,6 @@ def endpoints(bench: Workbench) -> None:
         ):
             yield {"default": texts.joined(both.default), "ablated": texts.joined(both.ablated)}
 
-    api(shown(ablation), api_name="ablation")
-    api(shown(effect), api_name="ablation_effect")
-    api(shown(ablated), api_name="ablated_text")
+    api(shown(ablation), api_name="ablation", **HEAVY)
+    api(shown(effect), api_name="ablation_effect", **HEAVY)
+    api(shown(ablated), api_name="ablated_text", **HEAVY)

@@ -6,11 +6,20 @@ import time
 from collections.abc import Callable
 from typing import Any, cast, get_args
 
-from saert.demos.pieces import ids_of, number, numbers, place
+from saert.demos.pieces import ids_of, number, numbers
 from saert.demos.workbench import Workbench
 from saert.hub.session import UserError
 from saert.measure.ablation.ablate import ablation_effects
-from saert.measure.ablation.ranking import By, likeliest, logit_changes, rank_latents
+from saert.measure.ablation.ranking import (
+    By,
+    likeliest,
+    logit_changes,
+    rank_latents,
+    reach,
+    token_at,
+)
+from saert.measure.features.vocabulary import vocabulary
+from saert.measure.steering.spec import choice, whole
 
 SHOWN = 8  # promoted and suppressed tokens
 
@@ -26,13 +35,14 @@ def ablation(
     report: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The active latents at a token, ranked (`rank_latents`)."""
-    began, one, ids = time.perf_counter(), bench.sae(source), ids_of(bench, text)
-    if by not in get_args(By):
-        raise UserError(f"rank by {by!r}; expected one of {', '.join(get_args(By))}")
-    model, at = bench.model(), place(position, ids.shape[1])
+    choice("by", by, get_args(By))
+    began, ids = time.perf_counter(), ids_of(bench, text)
+    at = token_at(position, ids.shape[1])
+    horizon = reach(horizon, at, ids.shape[1])
+    one, model = bench.sae(source), bench.model()
     target = None
     if by == "attributed_logit":
-        target = token_id(bench, token) if token else likeliest(model, ids, at)
+        target = token_id(bench, token) if token.strip() else likeliest(model, ids, at)
     found = rank_latents(
         model, one.sae, ids, at, by=cast(By, by), token=target, horizon=horizon,
         strict=bench.session.strict, report=report,
@@ -71,16 +81,16 @@ def effect(
     bench: Workbench, source: str, text: str, latent: int, position: int = -1, horizon: int = 8
 ) -> dict[str, Any]:
     """What ablating one latent at one token does (`ablation_effects`, `logit_changes`)."""
-    began, one, ids = time.perf_counter(), bench.sae(source), ids_of(bench, text)
-    model, at = bench.model(), place(position, ids.shape[1])
-    strict = bench.session.strict
+    began, ids = time.perf_counter(), ids_of(bench, text)
+    at = token_at(position, ids.shape[1])
+    horizon = reach(horizon, at, ids.shape[1])
+    one, model, strict = bench.sae(source), bench.model(), bench.session.strict
+    latent = whole("latent", latent, 0, one.sae.num_latents - 1)
     found = ablation_effects(
         model, one.sae, ids, latents=latent, positions=at, horizon=horizon, strict=strict,
         progress=False,
     )  # fmt: skip
-    changes = logit_changes(
-        model, one.sae, ids, at, latent, horizon=horizon, strict=strict
-    )  # fmt: skip
+    changes = logit_changes(model, one.sae, ids, at, latent, horizon=horizon, strict=strict)
     length = len(changes)
     mean = -changes.mean(0)  # the latent's own doing: what its ablation takes away
     ends = {"promoted": mean.topk(SHOWN), "suppressed": mean.topk(SHOWN, largest=False)}
@@ -99,7 +109,9 @@ def effect(
             name: [
                 {"token": text, "change": change}
                 for text, change in zip(
-                    bench.session.text(end.indices.tolist()), end.values.tolist(), strict=True
+                    vocabulary(bench.tokenizer, end.indices.tolist()),
+                    end.values.tolist(),
+                    strict=True,
                 )
             ]
             for name, end in ends.items()
@@ -110,6 +122,8 @@ def effect(
 
 def token_id(bench: Workbench, text: str) -> int:
     """The vocabulary entry that a text is: a word with a space before it, if that is one."""
+    if not (text := text[:200]).strip():  # no token is longer
+        raise UserError("which next token? Write one")
     spaced = " " + text.strip()
     for spelling in (spaced, text) if text[0].isalnum() else (text, spaced):
         ids = bench.tokenizer(spelling, add_special_tokens=False)["input_ids"]

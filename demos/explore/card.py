@@ -17,6 +17,7 @@ from saert.measure.steering import EditSpec
 
 SHOWN = Selection(top=8, quantiles=5, per_quantile=3, before=16, after=8, bins=40)
 HORIZON = 16  # tokens behind an ablation
+ASSUMED = 10.0  # to steer with, where no activation is known
 SIDES = "display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 0 24px"
 Pairs = list[tuple[str, float]]
 
@@ -85,11 +86,13 @@ def examples(card: Card) -> str:
         return ""
     parts = ["<h4>Strongest examples</h4>", *(_line(one, card.largest) for one in card.top)]
     parts.append("<h4>Examples by activation</h4>")
-    for band in card.bands:
+    bands = [band for band in card.bands if band.examples]
+    for at, band in enumerate(bands):
+        opened = " open" if at == 0 else ""  # or nobody would know what is in them
         span = f"{band.low:.2f} to {band.high:.2f}"
         lines = "".join(_line(one, card.largest) for one in band.examples)
         parts.append(
-            f"<details><summary>{span} <small>{band.count:,} tokens</small></summary>"
+            f"<details{opened}><summary>{span} <small>{band.count:,} tokens</small></summary>"
             f"{lines}</details>"
         )
     return "".join(parts)
@@ -152,8 +155,8 @@ def explanation(bench: Workbench, source: str, latent: int, rows: Any) -> str:
 
 def steer_with(bench: Workbench, source: str, latent: int) -> dict[str, Any]:
     """An edit that adds a latent at its largest known activation, as plain data."""
-    amount = bench.largest(source, latent) or 8.0
-    return dict(EditSpec(bench.sae(source).source, latent, "add", round(amount, 2)).to_dict())
+    amount = float(f"{bench.largest(source, latent) or ASSUMED:.3g}")
+    return dict(EditSpec(bench.sae(source).source, latent, "add", amount).to_dict())
 
 
 def plain(bench: Workbench, source: str, latent: int) -> dict[str, Any]:
@@ -165,11 +168,11 @@ def plain(bench: Workbench, source: str, latent: int) -> dict[str, Any]:
 
 def number(text: str, size: int) -> int | None:
     """The latent that a search names by number; None for other text, UserError if out of range."""
-    digits = text.strip().lstrip("#")
-    if not digits.isdigit():
+    digits = text.strip().removeprefix("#")
+    if not (digits.isascii() and digits.isdigit()):
         return None
-    if int(digits) >= size:
-        raise UserError(f"latent {digits}: this SAE has 0 to {size - 1}")
+    if len(digits) > 18 or int(digits) >= size:
+        raise UserError(f"latent {digits[:18]}: this SAE has 0 to {size - 1}")
     return int(digits)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from saert.demos.pieces import chosen_of, ids_of
 from saert.demos.widgets import Bar, Token
 from saert.demos.workbench import Workbench
 from saert.hub.session import UserError
 from saert.measure.features import FeatureIndex, Look, look, specials
 from saert.measure.features.vocabulary import vocabulary
-
-LONGEST = 1024  # tokens of a text; more are slow to draw and to read
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +23,9 @@ class Looked:
 
 
 def looked(bench: Workbench, text: str, source: str) -> Looked:
-    """A text through an SAE. UserError for an empty or too long one, and as `bench.sae`."""
-    if not text.strip():
-        raise UserError("write some text to look at")
+    """A text through an SAE. Raises what `ids_of` and `bench.sae` raise."""
+    ids = ids_of(bench, text)[0]
     loaded = bench.sae(source)
-    ids = bench.session.encode(text)["input_ids"][0]
-    if len(ids) > LONGEST:
-        raise UserError(f"the text has {len(ids):,} tokens; at most {LONGEST:,} can be shown")
     found = look(bench.model(), loaded.sae, ids, specials(bench.tokenizer))
     return Looked(loaded.source, vocabulary(bench.tokenizer, ids.tolist()), found)
 
@@ -118,7 +113,8 @@ def hits(bench: Workbench, source: str, text: str) -> list[Bar]:
 
 def chosen(bars: list[Bar] | None, event: Any) -> int:
     """Which latent was chosen of a list."""
-    return int((bars or [])[int(event.index)]["name"].lstrip("#"))
+    listed = bars or []
+    return int(listed[chosen_of(event, len(listed))]["name"].lstrip("#"))
 
 
 def _part(bench: Workbench, source: str, latent: int, value: float) -> str:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 from gradio.events import api as endpoint
 
-from saert.demos.errors import shown, visible
+from saert.demos.errors import shown, visible, warn
 from saert.demos.explore import card as cards
 from saert.demos.explore import looking
 from saert.demos.explore.looking import Looked
+from saert.demos.pieces import CHARACTERS, chosen_of
+from saert.demos.shared import Shared
 from saert.demos.widgets import bars, figures, tokens
-from saert.demos.workbench import Workbench
+from saert.demos.workbench import HEAVY, PATIENT, Workbench
 from saert.hub.session import UserError
-
-if TYPE_CHECKING:
-    from saert.demos.app import Shared
+from saert.measure.steering.spec import whole
 
 TEXT = (
     "Once upon a time, there was a little girl named Lily. One day, she went to the park with her "
@@ -28,6 +28,7 @@ REVEAL = """(...inputs) => {
   return inputs;
 }"""  # on a phone the card is far below the lists
 PROGRESS = gr.Progress()
+SPECIAL = "{} is a special token: the sparse autoencoder is not made for it. Choose another."
 GATHERING = "<p class='saert-note'>Gathering examples… {part:.0%} ({what})</p>"
 
 
@@ -38,7 +39,7 @@ def build(bench: Workbench, shared: Shared) -> None:
     with gr.Row(equal_height=False):
         text = gr.Textbox(
             TEXT, lines=2, label="Text", elem_id="explore-text", scale=5, min_width=300,
-            info="what the model reads; each token can then be clicked",
+            info="what the model reads; each token can then be chosen", max_length=CHARACTERS,
         )  # fmt: skip
         look = gr.Button("Look", variant="primary", elem_id="explore-look", scale=1, min_width=120)
     shades = tokens("Tokens", "explore-tokens", choose=True, empty="Look at a text first.")
@@ -47,20 +48,29 @@ def build(bench: Workbench, shared: Shared) -> None:
             with gr.Tab("Whole text", id="text"):
                 whole = bars(
                     "Latents that fire here", "explore-firing", choose=True,
-                    empty="Nothing yet: look at a text.",
+                    empty="Nothing yet: look at a text.", marks=True,
+                )  # fmt: skip
+                gr.HTML(
+                    "<p class='saert-note'>Bars: how much a latent says about this text, by how "
+                    "near it comes to its maximum and how rarely it fires at all.</p>",
+                    padding=False, elem_classes=["saert-say"],
                 )  # fmt: skip
             with gr.Tab("Token", id="token"):
                 at_token = bars(
                     "Latents at the token", "explore-at-token", choose=True,
-                    empty="Click a token above.",
+                    empty="Choose a token above.", marks=True,
                 )  # fmt: skip
+                special = gr.HTML(visible=False, elem_id="explore-special", padding=False)
             with gr.Tab("Search", id="search"):
                 asked = gr.Textbox(
                     label="Search latents", elem_id="explore-query", placeholder="park",
                     info="part of a label, text that a latent fires on, or a latent's number",
                 )  # fmt: skip
                 search = gr.Button("Search", elem_id="explore-search")
-                results = bars("Found", "explore-results", choose=True, empty="Nothing yet.")
+                results = bars(
+                    "Found", "explore-results", choose=True, marks=True,
+                    empty="Nothing yet.",
+                )  # fmt: skip
         with gr.Column(scale=3, min_width=300):
             head = gr.HTML(cards.title(bench, "", None), elem_id="explore-title")
             with gr.Column(visible=False, elem_id="explore-card") as body:
@@ -73,14 +83,15 @@ def build(bench: Workbench, shared: Shared) -> None:
                     "Activations", "explore-figures", empty="known once examples are gathered"
                 )
                 histogram = gr.HTML(elem_id="explore-histogram")
-                explained = gr.HTML(elem_id="explore-explanation")
+                explained = gr.HTML(visible=False, elem_id="explore-explanation")
                 lens = gr.HTML(elem_id="explore-logits")
                 effect = gr.HTML(elem_id="explore-effect")
                 examples = gr.HTML(elem_id="explore-examples")
                 near = bars("Nearest directions", "explore-neighbours", choose=True)
     blank = {
-        head: cards.title(bench, "", None), body: gr.Column(visible=False), numbers: [],
-        histogram: "", explained: "", lens: "", effect: "", examples: "", near: [],
+        head: cards.title(bench, "", None), body: gr.update(visible=False), numbers: [],
+        histogram: "", explained: gr.update(value="", visible=False), lens: "", effect: "",
+        examples: "", near: [],
     }  # fmt: skip
     panel = list(blank)
     cleared: dict[Any, Any] = {
@@ -110,9 +121,18 @@ def build(bench: Workbench, shared: Shared) -> None:
             return []
         return looking.firing(bench, seen, bench.wait_index(seen.source, progress_of(progress)))
 
-    def click(seen: Looked, number: int | None, event: gr.EventData) -> dict[Any, Any]:
-        at = int(event.index)
+    def click(seen: Looked | None, number: int | None, event: gr.EventData) -> dict[Any, Any]:
+        if seen is None:
+            raise UserError("look at the text first; what stood here was of another one")
+        at = chosen_of(event, len(seen.strings))
+        if not seen.look.used[at]:
+            return {
+                token: at, shades: looking.heat(bench, seen, number, at), at_token: [],
+                lists: gr.Tabs(selected="token"),
+                special: gr.HTML(cards.note(SPECIAL.format(seen.strings[at])), visible=True),
+            }  # fmt: skip
         return {
+            special: gr.HTML(visible=False),
             token: at, shades: looking.heat(bench, seen, number, at),
             at_token: looking.at_token(bench, seen, at), lists: gr.Tabs(selected="token"),
         }  # fmt: skip
@@ -157,16 +177,16 @@ def build(bench: Workbench, shared: Shared) -> None:
         here = seen if seen is not None and seen.source == bench.sae(source).source else None
         yield {effect: cards.effect(bench, here, number, at)}
 
-    def say(number: int | None, source: str, progress: gr.Progress = PROGRESS) -> str:
+    def say(number: int | None, source: str, progress: gr.Progress = PROGRESS) -> Any:
         if number is None:
-            return ""
+            return gr.HTML("", visible=False)
         index = bench.wait_index(source, progress_of(progress))
         progress(0.5, desc="finding patterns")
-        return cards.explanation(bench, source, number, index.rows)
+        return gr.HTML(cards.explanation(bench, source, number, index.rows), visible=True)
 
     def add(number: int | None, source: str, held: list[Any]) -> dict[Any, Any]:
         if number is None:
-            raise gr.Error("choose a latent first")
+            raise UserError("choose a latent first")
         spec = cards.steer_with(bench, source, number)
         return {shared.edits: [*held, spec], shared.tabs: gr.Tabs(selected="steer")}
 
@@ -179,28 +199,29 @@ def build(bench: Workbench, shared: Shared) -> None:
                 fresh = {used: bench.sae(source).source}
                 return cleared | fresh | (looked(text, source) if seen is not None else {})
         except gr.Error as error:
-            gr.Warning(f"{error.message} The SAE stays {before}.", title="This SAE cannot be used")
+            why = error.message if source.strip() else "No SAE was named."
+            warn(f"{why.rstrip('.')}. The SAE stays {before}.", "This SAE cannot be used")
             return {shared.source: before}
 
     private: dict[str, Any] = {"api_visibility": "private"}
     quiet = {"show_progress": "hidden", **private}
     board = [used, lists, *cleared]
-    carded = latent.change(shown(show), [latent, used, one, token], panel, **quiet)
+    carded = latent.change(shown(show), [latent, used, one, token], panel, **quiet, **PATIENT)
     latent.change(shown(colour), [one, latent, token], shades, **quiet)
-    one.change(shown(fire), one, whole, **private)
+    one.change(shown(fire), one, whole, **private, **PATIENT)
     for trigger in (look.click, text.submit):
-        trigger(shown(looked), [text, shared.source], board, cancels=[carded], **private)
-    shared.tabs.select(shown(first), [one, text, shared.source], board, **quiet)
+        trigger(shown(looked), [text, shared.source], board, cancels=[carded], **quiet, **HEAVY)
+    shared.tabs.select(shown(first), [one, text, shared.source], board, **quiet, **HEAVY)
     shared.source.change(
-        shown(changed), [shared.source, used, one, text], [*board, shared.source], **quiet
+        shown(changed), [shared.source, used, one, text], [*board, shared.source], **quiet, **HEAVY
     )
-    shades.select(shown(click), [one, latent], [token, shades, at_token, lists], **quiet)
+    shades.select(shown(click), [one, latent], [token, shades, at_token, lists, special], **quiet)
     for listed in (whole, at_token, results, near):
         listed.select(shown(choose), listed, latent, cancels=[carded], js=REVEAL, **quiet)
     for trigger in (search.click, asked.submit):
-        trigger(shown(find), [asked, used], [results, latent], **private)
-    explain.click(shown(say), [latent, used], explained, **private)
-    steer.click(shown(add), [latent, used, shared.edits], [shared.edits, shared.tabs], **private)
+        trigger(shown(find), [asked, used], [results, latent], **quiet)
+    explain.click(shown(say), [latent, used], explained, **private, **PATIENT)
+    steer.click(shown(add), [latent, used, shared.edits], [shared.edits, shared.tabs], **quiet)
     api(bench)
 
 
@@ -231,10 +252,11 @@ def api(bench: Workbench) -> None:
 
     def card(latent: int, source: str) -> dict[str, Any]:
         """All that is known of a latent; waits for the examples."""
-        return cards.plain(bench, source, int(latent))
+        return cards.plain(bench, source, whole("latent", latent))
 
-    for name, call in (("look", look), ("search", search), ("card", card)):
-        endpoint(shown(call), api_name=name)
+    for name, call in (("search", search), ("card", card)):
+        endpoint(shown(call), api_name=name, **PATIENT)
+    endpoint(shown(look), api_name="look", **HEAVY)
 
 
 def progress_of(progress: gr.Progress) -> Any:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saert.demos.pieces import ids_of, number, numbers
 from saert.demos.workbench import Workbench
+from saert.measure.features import specials
 from saert.measure.reports.refined_text import RefinedText, refined_text
 
 TOP = 5  # predicted tokens
@@ -21,12 +21,8 @@ def refinement(bench: Workbench, source: str, text: str) -> dict[str, Any]:
 
     Special tokens, as BOS, are neither refined nor replaced: SAEs are not made for them.
     """
-    began, one, ids = time.perf_counter(), bench.sae(source), ids_of(bench, text)
-    special = torch.tensor(bench.tokenizer.all_special_ids, dtype=torch.int64)
-
-    def left_out(rows: Tensor) -> Tensor:
-        return torch.isin(rows, special.to(rows.device))
-
+    began, ids = time.perf_counter(), ids_of(bench, text)
+    one, left_out = bench.sae(source), specials(bench.tokenizer)
     found = refined_text(bench.model(), one.sae, ids, top=TOP, special=left_out)
     used = ~left_out(found.ids)
     return {

@@ -1,8 +1,9 @@
-"""The data of `refinement_data` as the Refine tab's widgets and sentences show it."""
+"""The data of `saert.demos.refine.data` as the Refine tab's widgets and sentences show it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from saert.demos.pieces import bars_with, quoted, said, spelled, tokens_with
@@ -19,6 +20,7 @@ HEATS: dict[str, str] = {
     "kl": "KL divergence by the splice, as encoded",
     "kl_refined": "KL divergence by the splice, refined",
 }
+STALE = "The text has changed: press Refine again."
 PAIRS = (("error", "error_refined"), ("loss", "loss_refined"), ("kl", "kl_refined"))
 
 
@@ -39,14 +41,36 @@ def column(seen: Data, which: str) -> list[float | None]:
 
 
 def tokens(seen: Data, which: str, selected: int | None = None) -> list[Token]:
-    """The text, coloured; both of a pair in the same units, so that they can be compared."""
-    values = column(seen, which)
-    together = [x for pair in PAIRS if which in pair for name in pair for x in column(seen, name)]
-    largest = max((abs(x) for x in together or values if x is not None), default=0.0)
+    """The text, coloured; both of a pair in the same units, so that they can be compared.
+
+    Special tokens stand back: they are not refined.
+    """
     form = "+.0%" if which == "shrinkage" else ".3g"
-    return tokens_with(
-        seen["tokens"], values, HEATS[which].lower(), selected=selected, largest=largest, form=form
-    )
+    found = tokens_with(
+        seen["tokens"], column(seen, which), HEATS[which].lower(), selected=selected,
+        largest=_largest(seen, which), form=form,
+    )  # fmt: skip
+    for token, out in zip(found, seen["left_out"], strict=True):
+        if out:
+            token |= {"muted": True, "title": f"{token['title']}: special, left out"}
+    return found
+
+
+def legend(seen: Data, which: str) -> list[str]:
+    """What full colour is in `tokens`."""
+    if which == "shrinkage":
+        words = f"{_largest(seen, which):.0%}"
+        return [f"weaker by {words}", f"stronger by {words}"]
+    top = f"{_largest(seen, which):.3g}" + ("" if which.startswith("error") else " nats")
+    if which.startswith("loss"):
+        return [f"{top} less", f"{top} more"]
+    return ["", top]
+
+
+def _largest(seen: Data, which: str) -> float:
+    together = [x for pair in PAIRS if which in pair for name in pair for x in column(seen, name)]
+    values = together or column(seen, which)
+    return max((abs(x) for x in values if x is not None), default=0.0)
 
 
 def summary(seen: Data) -> list[Figure]:
@@ -54,9 +78,10 @@ def summary(seen: Data) -> list[Figure]:
     bare, old, new = seen["model"], seen["spliced"], seen["respliced"]
     return [
         _pair("FVU", old["fvu"], new["fvu"], ".4f",
+              "not defined: one token has no variance" if old["fvu"] is None else
               "fraction of the hidden states' variance that is not reconstructed"),
         _pair("error", old["error"], new["error"], ".3f", "mean ‖y − ŷ‖, in the model's units"),
-        Figure(name="shrinkage", value=said(seen["shrinkage"], "+.1%"),
+        Figure(name="shrinkage", value=_said(seen["shrinkage"], "+.1%"),
                note="mean change of the activations; above 0 the encoder's were too small"),
         _pair("L0", seen["l0"], seen["l0_refined"], ".1f", "active latents per token"),
         _pair("loss added", _less(old["ce"], bare["ce"]), _less(new["ce"], bare["ce"]), "+.4f",
@@ -73,7 +98,7 @@ def token_summary(seen: Data, at: int) -> list[Figure]:
         _pair("error", old["error_by_token"][at], new["error_by_token"][at], ".3f", "‖y − ŷ‖"),
         _pair("FVU", old["fvu_by_token"][at], new["fvu_by_token"][at], ".4f",
               "squared error in units of the text's variance"),
-        Figure(name="activations", value=said(seen["shrinkage_by_token"][at], "+.1%"),
+        Figure(name="activations", value=_said(seen["shrinkage_by_token"][at], "+.1%"),
                note="mean change, weighted by strength"),
         _pair("loss of this token", loss, refined, "+.4f", "added by the splice, nats"),
         _pair("KL after it", old["kl_by_token"][at], new["kl_by_token"][at], ".4f",
@@ -82,22 +107,24 @@ def token_summary(seen: Data, at: int) -> list[Figure]:
 
 
 def status(seen: Data) -> str:
-    """What was done, and how far it got."""
+    """What was done, and how far it got; as HTML."""
     used = seen["left_out"].count(False)
     left = len(seen["tokens"]) - used
     special = f"; {left} special left as {'it is' if left == 1 else 'they are'}" if left else ""
     end = "" if seen["converged"] else " Some tokens are not at their optimum yet."
-    return f"{used} tokens refined in {seen['seconds']:.1f} s{special}.{end}"
+    tokens = "1 token" if used == 1 else f"{used} tokens"
+    return f"{tokens} refined in {seen['seconds']:.1f} s{special}.{end}"
 
 
 def about(seen: Data, at: int) -> str:
-    """Which token the lower half is about."""
-    text = f"**Token {at}, {quoted(seen['tokens'][at])}**"
+    """Which token the lower half is about; as HTML."""
+    text = f"<b>Token {at}, {escape(quoted(seen['tokens'][at]), quote=False)}</b>"
     if seen["left_out"][at]:
         return f"{text}: a special token, neither refined nor replaced."
-    if not seen["latents"][at]:
+    active = len(seen["latents"][at])
+    if not active:
         return f"{text}: no latent is active."
-    return f"{text}: {len(seen['latents'][at])} active latents."
+    return f"{text}: {active} active latent{'' if active == 1 else 's'}."
 
 
 def latents(seen: Data, at: int) -> list[Bar]:
@@ -105,9 +132,9 @@ def latents(seen: Data, at: int) -> list[Bar]:
     rows = []
     for one in seen["latents"][at]:
         change = one["after"] / one["before"] - 1
-        words = "silenced" if one["after"] == 0 else f"{change:+.0%}"
+        words = "silenced" if one["after"] == 0 else _minus(f"{change:+.0%}")
         value = f"{one['before']:.2f} → {one['after']:.2f} · {words}"
-        rows.append((f"{one['latent']}", one["label"], value, one["after"]))
+        rows.append((f"#{one['latent']}", one["label"], value, one["after"]))
     return bars_with(rows)
 
 
@@ -124,4 +151,12 @@ def _less(a: float | None, b: float | None) -> float | None:
 
 
 def _pair(name: str, old: float | None, new: float | None, form: str, note: str) -> Figure:
-    return Figure(name=name, value=f"{said(old, form)} → {said(new, form)}", note=note)
+    return Figure(name=name, value=f"{_said(old, form)} → {_said(new, form)}", note=note)
+
+
+def _said(x: float | None, form: str) -> str:
+    return _minus(said(x, form))
+
+
+def _minus(words: str) -> str:
+    return words.replace("-", "−")  # noqa: RUF001 - the sign

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from saert.demos.steer.strength import strongest_here
 from saert.demos.workbench import Workbench
@@ -31,7 +32,7 @@ def _story(*edits: EditSpec) -> Setup:
 OURS: Mapping[str, Setup] = {
     "Hungry": _story(EditSpec(HERE, 71, "add", 6.0)),
     "Sad": _story(EditSpec(HERE, 349, "add", 10.0)),
-    "Not “to the park”": _story(EditSpec(HERE, 546, "ablate")),
+    "Not “to the park”": _story(EditSpec(HERE, 546, "add", -8.0, phase="prompt")),
     "Toys and dancing": _story(
         EditSpec(HERE, 748, "add", 6.0), EditSpec(HERE, 365, "add", 6.0)
     ),
@@ -46,6 +47,12 @@ def presets(bench: Workbench) -> Mapping[str, Setup]:
     return OURS if bench.session.name == BUNDLED and HERE in bench.sources else {}
 
 
+def start(bench: Workbench) -> Setup:
+    """What the page begins with: a preset where there are any, else a prompt alone."""
+    first = next(iter(presets(bench).values()), Setup(bench.session.name, examples(bench)[0]))
+    return replace(first, sampling=Sampling())
+
+
 def examples(bench: Workbench) -> tuple[str, ...]:
     """Prompts to try, the first of them there at the start."""
     return STORIES if bench.session.name == BUNDLED else PLAIN
@@ -54,14 +61,13 @@ def examples(bench: Workbench) -> tuple[str, ...]:
 def strongest(bench: Workbench, source: str, prompt: str, count: int = 3) -> list[EditSpec]:
     """The prompt's strongest latents of an SAE, each added at its own activation there.
 
-    Raises UserError where the prompt is empty or nothing fires.
+    Raises UserError where the prompt is empty or too long, or nothing fires.
     """
-    if not prompt.strip():
-        raise UserError("write a prompt first: its strongest latents are looked for in it")
+    source = bench.sae(source).source
     latents, highest = strongest_here(bench, source, prompt)
     if not latents:
         raise UserError(f"no latent of {source} fires in this prompt")
     return [
-        EditSpec(source, latent, "add", round(float(highest[latent]), 2))
+        EditSpec(source, latent, "add", float(f"{float(highest[latent]):.3g}"))
         for latent in latents[:count]
     ]

@@ -7,22 +7,30 @@ never drawn over the hand that is moving it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import gradio as gr
 
-from saert.demos.errors import shown
+from saert.demos.errors import shown, warn
+from saert.demos.gather import Hit
 from saert.demos.steer import strength
-from saert.demos.steer.setup import Edits
+from saert.demos.steer.hold import hold, landed
+from saert.demos.steer.setup import Edits, exists
 from saert.demos.workbench import Workbench
-from saert.hub.session import UserError
+from saert.hub.session import Loaded, UserError
 from saert.measure.steering import EditSpec
 
 ROWS = 8
 LISTED = 2000  # labels in the list; a search finds the others
+TICKS = (  # of the slider, in strongest activations, or for a factor in factors
+    "<div class='steer-ticks' aria-hidden='true'><span>−10×</span><span>−1×</span><span>0</span>"
+    "<span>1×</span><span>10×</span></div>"
+)
+NUMBER = re.compile(r"#?(-?[0-9]+)(?= |$)")
 OPS = [("add", "add"), ("set to", "clamp"), ("multiply", "scale"), ("ablate", "ablate")]
 ONE_AT_A_TIME: dict[str, Any] = {
     "concurrency_id": "steer-rows", "concurrency_limit": 1, "show_progress": "hidden",
@@ -38,8 +46,8 @@ class Row:
     title: gr.HTML
     op: gr.Radio
     slider: gr.Slider
+    ticks: gr.HTML
     amount: gr.Number
-    unit: gr.Number
     when: gr.Number
     above: gr.Number
     remove: gr.Button
@@ -47,8 +55,8 @@ class Row:
     @property
     def drawn(self) -> list[Any]:
         """What `draw` writes."""
-        return [self.box, self.title, self.op, self.slider, self.amount, self.unit, self.when,
-                self.above]  # fmt: skip
+        return [self.box, self.title, self.op, self.slider, self.ticks, self.amount,
+                self.when, self.above]  # fmt: skip
 
 
 def lay(place: int) -> Row:
@@ -62,54 +70,76 @@ def lay(place: int) -> Row:
             OPS, value="add", label="What to do", show_label=False, elem_id=f"{name}-op"
         )  # fmt: skip
         with gr.Row():
-            slider = gr.Slider(
-                -100, 100, 50, step=1, label="Strength", elem_id=f"{name}-slider",
-                elem_classes=["strength"], scale=3, min_width=180, buttons=[],
-            )  # fmt: skip
+            with gr.Column(scale=3, min_width=180, elem_classes=["steer-strength"]):
+                slider = gr.Slider(
+                    -100, 100, 50, step=1, label="Strength", elem_id=f"{name}-slider",
+                    elem_classes=["strength"], buttons=[],
+                )  # fmt: skip
+                ticks = gr.HTML(TICKS, padding=False)
             amount = gr.Number(
                 label="Exactly", elem_id=f"{name}-amount", scale=1, min_width=90, step=0.1
             )
-            unit = gr.Number(visible="hidden", elem_id=f"{name}-unit")
         with gr.Row():
             when = gr.Number(
                 None, label="Only where latent", placeholder="always", precision=0,
                 elem_id=f"{name}-when", scale=1, min_width=120,
+                info="a number, of the same SAE; empty: at every token",
             )  # fmt: skip
             above = gr.Number(
-                0.0, label="exceeds", elem_id=f"{name}-above", scale=1, min_width=120, step=0.5
-            )
-    return Row(box, title, op, slider, amount, unit, when, above, remove)
+                0.0, label="Exceeds", elem_id=f"{name}-above", scale=1, min_width=120, step=0.5,
+                info="steered only where its activation is larger",
+            )  # fmt: skip
+    return Row(box, title, op, slider, ticks, amount, when, above, remove)
 
 
-def connect(bench: Workbench, rows: list[Row], edits: gr.State, prompt: gr.Textbox) -> None:
-    """Rows to edits and edits to rows."""
+def connect(
+    bench: Workbench, rows: list[Row], edits: gr.State, prompt: gr.Textbox, start: gr.State
+) -> None:
+    """Rows to edits and edits to rows. While what is set is the `start`, others replace it."""
     drawn = gr.State([])
     everything = [part for row in rows for part in row.drawn]
-    edits.change(
-        shown(lambda now, before, text: draw(bench, now, before, text)),
-        [edits, drawn, prompt], [edits, drawn, *everything], **ONE_AT_A_TIME,
-    )  # fmt: skip
+    landed(edits.change(
+        shown(lambda now, before, *more: draw(bench, now, before, *more)),
+        [edits, drawn, start, prompt], [edits, drawn, *everything],
+        js=hold("rows"), **ONE_AT_A_TIME,
+    ), "rows")  # fmt: skip
     for place, row in enumerate(rows):
         both = [edits, drawn]
         latest: dict[str, Any] = {"trigger_mode": "always_last", **ONE_AT_A_TIME}
-        row.slider.input(None, [row.slider, row.unit], row.amount, js=strength.AMOUNT_JS)
-        row.slider.input(_moved(place), [edits, row.slider, row.unit], both, **latest)
-        row.amount.input(None, [row.amount, row.unit], row.slider, js=strength.POSITION_JS)
+        row.slider.input(None, row.slider, row.amount, js=strength.amount_js(place))
+        landed(row.slider.input(
+            _put(place, "amount"), [edits, row.amount, row.slider], both,
+            js=held(f"slider-{place}", strength.moved_js(place)), **latest,
+        ), f"slider-{place}")  # fmt: skip
+        row.amount.input(None, row.amount, row.slider, js=strength.position_js(place))
         for field, part in (("amount", row.amount), ("when", row.when), ("above", row.above)):
-            part.input(_put(place, field), [edits, part], both, **latest)
-        row.op.input(
+            landed(
+                part.input(
+                    _put(place, field), [edits, part], both, js=hold(f"{field}-{place}"), **latest
+                ),
+                f"{field}-{place}",
+            )
+        landed(row.op.input(
             shown(lambda now, op, text, at=place: changed(bench, now, at, op, text)),
-            [edits, row.op, prompt], edits, **ONE_AT_A_TIME,
-        )  # fmt: skip
-        row.remove.click(
-            lambda now, at=place: [*now[:at], *now[at + 1 :]], edits, edits, **ONE_AT_A_TIME
-        )
+            [edits, row.op, prompt], edits, js=hold(f"op-{place}"), **ONE_AT_A_TIME,
+        ), f"op-{place}")  # fmt: skip
+        landed(row.remove.click(
+            lambda now, at=place: [*now[:at], *now[at + 1 :]], edits, edits,
+            js=hold(f"remove-{place}"), **ONE_AT_A_TIME,
+        ), f"remove-{place}")  # fmt: skip
 
 
-def draw(bench: Workbench, now: Edits, before: Edits, prompt: str) -> list[Any]:
+def others(now: Edits, before: Edits, start: Edits) -> Edits:
+    """The edits without those the page began with, if nobody touched those and more came."""
+    begun = bool(start) and before == start and now[: len(start)] == start
+    return now[len(start) :] if begun and len(now) > len(start) else now
+
+
+def draw(bench: Workbench, now: Edits, before: Edits, start: Edits, prompt: str) -> list[Any]:
     """The edits kept, twice, then for every part of every row what to show there."""
+    now = others(now, before, start)
     if len(now) > ROWS:
-        gr.Warning(f"There is room for {ROWS} latents; the last was left out.")
+        warn(f"There is room for {ROWS} latents; the last was left out.")
         now = now[:ROWS]
     found: list[Any] = [now, now]
     for place in range(ROWS):
@@ -130,28 +160,39 @@ def add(bench: Workbench, now: Edits, source: str, asked: str | None, prompt: st
     """
     if len(now) >= ROWS:
         raise UserError(f"there is room for {ROWS} latents: remove one first")
-    spec = EditSpec(source, find(bench, source, asked), "add", 0.0)
+    spec = EditSpec(bench.sae(source).source, find(bench, source, asked), "add", 0.0)
+    if any((one["sae"], one["latent"]) == (spec.sae, spec.latent) for one in now):
+        warn(f"Latent {spec.latent} is there twice now: one edit acts after the other.", "Twice")
     return [*now, _with(bench, spec, "add", prompt).to_dict()]
 
 
+class Several(UserError):
+    """More latents than one answer to what was asked for."""
+
+    def __init__(self, words: str, hits: list[Hit]) -> None:
+        super().__init__(f"“{words}” is in {len(hits)} labels or names: choose one from the list")
+        self.hits = hits
+
+
 def find(bench: Workbench, source: str, asked: str | None) -> int:
-    """The latent that a number or words of a label mean, or UserError."""
+    """The latent that a number or words of a label mean. UserError; `Several` to choose from."""
     words = (asked or "").strip()
     if not words:
         raise UserError("which latent? Type its number, or words of its label")
-    width = bench.sae(source).sae.num_latents
-    number = words.partition(" ")[0]
-    if number.isascii() and number.removeprefix("-").isdigit():
-        if not 0 <= int(number) < width:
-            raise UserError(f"latent {number}: {source} has latents 0 to {width - 1}")
-        return int(number)
+    loaded = bench.sae(source)
+    if number := NUMBER.match(words):
+        digits = number[1]
+        return exists(loaded, int(digits) if len(digits) < 20 else 10**20)
+    if words.lstrip("#+-.")[:1].isdigit():
+        raise UserError(
+            f"“{words}” is no latent's number: whole ones from 0 to {loaded.sae.num_latents - 1}"
+        )
     hits = bench.search(source, words)
     if not hits:
-        raise UserError(f"no label of {source} has {words!r}; a number works for every latent")
+        raise UserError(f"no label of {source} has “{words}”; a number works for every latent")
     exact = [hit for hit in hits if hit.label.casefold() == words.casefold()]
     if len(hits) > 1 and len(exact) != 1:
-        some = ", ".join(f"{hit.latent} ({hit.label})" for hit in hits[:4])
-        raise UserError(f"{words!r} is in {len(hits)} labels: choose one of {some}")
+        raise Several(words, hits)
     return int((exact or hits)[0].latent)
 
 
@@ -180,29 +221,26 @@ def _row(bench: Workbench, spec: EditSpec, prompt: str) -> list[Any]:
     scaled = spec.op != "ablate"
     return [
         gr.update(visible=True),
-        title(bench, spec, why if scaled else "silenced: its activation is set to 0"),
+        title(bench, spec, why if scaled else "silenced: its activation is set to 0", whole),
         spec.op,
         gr.update(value=strength.position(spec.amount, whole), visible=scaled,
                   label="Factor" if spec.op == "scale" else "Strength"),
+        gr.update(visible=scaled),
         gr.update(value=spec.amount, visible=scaled),
-        whole,
         gr.update(value=spec.when),
         spec.above,
     ]  # fmt: skip
 
 
-def _moved(place: int) -> Callable[..., tuple[Edits, Edits]]:
-    def move(now: Edits, position: float, unit: float) -> tuple[Edits, Edits]:
-        return _put(place, "amount")(now, strength.amount(position, unit))
-
-    return move
-
-
 def _put(place: int, field: str) -> Callable[..., tuple[Edits, Edits]]:
-    """A value into a row's edit. What it may be is checked when texts are asked for."""
+    """A value into a row's edit. What it may be is checked when texts are asked for.
 
-    def put(now: Edits, value: float | None) -> tuple[Edits, Edits]:
-        if place >= len(now):  # removed while the event was on its way
+    An empty box leaves what was there, but for the condition, which then is none.
+    """
+
+    def put(now: Edits, value: float | None, _position: float = 0) -> tuple[Edits, Edits]:
+        gone = place >= len(now)  # removed while the event was on its way
+        if gone or (value is None and field != "when"):
             return now, now
         written = [*now[:place], now[place] | {field: value}, *now[place + 1 :]]
         return written, written
@@ -210,18 +248,25 @@ def _put(place: int, field: str) -> Callable[..., tuple[Edits, Edits]]:
     return put
 
 
-def title(bench: Workbench, spec: EditSpec, why: str) -> str:
-    """Which latent a row is about, as HTML."""
+def title(bench: Workbench, spec: EditSpec, why: str, unit: float) -> str:
+    """Which latent a row is about, as HTML; the page's scripts read the `unit` of its slider."""
     place = escape(bench.sae(spec.sae).name)
     label = escape(bench.label(spec.sae, spec.latent))
     return (
-        f"<div class='steer-title' title='{escape(spec.sae)}'><b>{place} · {spec.latent}</b> "
+        f"<div class='steer-title' title='{escape(spec.sae)}' data-unit='{unit:.17g}'>"
+        f"<b>{place} · #{spec.latent}</b> "
         f"{label} <small>{escape(why)}</small></div>"
     )
 
 
-def choices(bench: Workbench, source: str) -> list[tuple[str, str]]:
-    """The labelled latents of an SAE to choose from; any other is typed."""
-    labels = bench.sae(source).labels
-    named = sorted((latent, bench.label(source, latent)) for latent in list(labels)[:LISTED])
-    return [(f"{latent} · {label}", str(latent)) for latent, label in named if label]
+def choices(loaded: Loaded, hits: Sequence[Hit] = ()) -> list[tuple[str, str]]:
+    """Latents to choose from: those found, then the labelled ones; any other is typed."""
+    named = [(latent, loaded.label(latent)) for latent in sorted(list(loaded.labels)[:LISTED])]
+    listed = dict([(hit.latent, hit.label) for hit in hits])
+    listed |= {latent: label for latent, label in named if label and latent not in listed}
+    return [(f"#{latent} · {label}", str(latent)) for latent, label in listed.items()]
+
+
+def held(name: str, js: str) -> str:
+    """`js`, for which Run waits."""
+    return f"(...given) => ({hold(name)})(...({js})(...given))"

@@ -8,9 +8,10 @@ from typing import Any
 
 import gradio as gr
 
+from saert.demos.pieces import ids_of, new_tokens
 from saert.demos.workbench import Workbench
 from saert.edits import Phase
-from saert.hub.session import UserError
+from saert.hub.session import Loaded, UserError
 from saert.measure.steering import EditSpec, Sampling, Setup, Step, side_by_side
 
 PROMPT, GENERATED = "the prompt", "what is written"
@@ -29,7 +30,7 @@ def compose(
     phase = _phase(tokens)
     specs = tuple(replace(EditSpec.from_dict(edit), phase=phase) for edit in edits)
     if not specs and keep:
-        raise UserError("add a latent to steer with first, or choose a preset")
+        raise UserError("add a latent to steer with first, or choose one of the setups under “Try”")
     setup = Setup(
         bench.session.name, prompt, form == CHAT, specs, not keep,
         Sampling(int(new_tokens), float(temperature), float(top_p), int(seed or 0)),
@@ -75,18 +76,31 @@ def checked(bench: Workbench, setup: Setup) -> Setup:
         raise UserError("the prompt is empty: write something to continue")
     if setup.chat and not bench.chats:
         raise UserError(f"{setup.model} has no chat template: use {COMPLETION!r}")
+    new_tokens(setup.sampling.max_new_tokens)
     for spec in setup.edits:
-        width = bench.sae(spec.sae).sae.num_latents
+        loaded = bench.sae(spec.sae)
         for latent in (spec.latent, spec.when):
-            if latent is not None and not 0 <= latent < width:
-                raise UserError(f"latent {latent}: {spec.sae} has latents 0 to {width - 1}")
+            if latent is not None:
+                exists(loaded, latent)
     return setup
 
 
 def steps(bench: Workbench, setup: Setup) -> Iterator[Step]:
     """Both texts, token by token, on a model of this request's own."""
+    more = setup.sampling.max_new_tokens
+    ids = ids_of(bench, setup.prompt, chat=setup.chat, more=more)
     saes = {source: bench.sae(source).sae for source in setup.sources}
-    return side_by_side(bench.model(), bench.tokenizer, setup, saes, strict=bench.session.strict)
+    return side_by_side(
+        bench.model(), bench.tokenizer, setup, saes, ids=ids, strict=bench.session.strict
+    )
+
+
+def exists(loaded: Loaded, latent: int) -> int:
+    """The latent, or UserError if the SAE has none of that number."""
+    width = loaded.sae.num_latents
+    if not 0 <= latent < width:
+        raise UserError(f"latent {latent}: {loaded.source} has latents 0 to {width - 1}")
+    return latent
 
 
 def _phase(tokens: Sequence[str]) -> Phase:

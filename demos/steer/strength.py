@@ -11,23 +11,35 @@ import math
 
 import torch
 
+from saert.demos.pieces import ids_of
 from saert.demos.workbench import Workbench
-from saert.measure.steering import EditSpec, encode_prompt
+from saert.measure.steering import EditSpec
 from saert.runtime import attach
 
 ASSUMED = 10.0
 
 # The same two in the browser, so that slider and box move together without asking the server.
-AMOUNT_JS = """(p, unit) =>
-  Number((Math.sign(p) * unit * (9 ** (Math.abs(p) / 50) - 1) / 8).toPrecision(3))"""
-POSITION_JS = """(amount, unit) => {
+# A row's title has its unit.
+_UNIT = "+(document.querySelector('#steer-{place}-title [data-unit]')?.dataset.unit ?? 1)"
+_AMOUNT = "Number((Math.sign(p) * unit * (9 ** (Math.abs(p) / 50) - 1) / 8).toPrecision(3))"
+
+
+def amount_js(place: int) -> str:
+    """Slider to box, in the row at a place."""
+    return f"p => {{ const unit = {_UNIT.format(place=place)}; return {_AMOUNT}; }}"
+
+
+def moved_js(place: int) -> str:
+    """(edits, box, slider) as the server is to have them: the box as the slider says."""
+    unit = _UNIT.format(place=place)
+    return f"(edits, box, p) => {{ const unit = {unit}; return [edits, {_AMOUNT}, p]; }}"
+
+
+def position_js(place: int) -> str:
+    """Box to slider."""
+    return f"""amount => {{ const unit = {_UNIT.format(place=place)};
   const p = Math.sign(amount) * 50 * Math.log(1 + 8 * Math.abs(amount) / unit) / Math.log(9);
-  return Math.max(-100, Math.min(100, Math.round(p))); }"""
-
-
-def amount(position: float, unit: float) -> float:
-    """The strength at a place of the slider, three figures of it."""
-    return float(f"{math.copysign(unit * (9 ** (abs(position) / 50) - 1) / 8, position):.3g}")
+  return Math.max(-100, Math.min(100, Math.round(p))); }}"""
 
 
 def position(strength: float, unit: float) -> int:
@@ -44,7 +56,7 @@ def unit(bench: Workbench, spec: EditSpec, prompt: str = "") -> tuple[float, str
         return known, f"strongest seen: {known:.3g}"
     here = strongest_here(bench, spec.sae, prompt)[1][spec.latent] if prompt.strip() else 0.0
     if here > 0:
-        return float(here), f"in this prompt: {here:.3g}"
+        return float(here), f"strongest in this prompt: {here:.3g}"
     return ASSUMED, f"no record of its activations: {ASSUMED:g} assumed"
 
 
@@ -53,13 +65,17 @@ def strongest_here(bench: Workbench, source: str, prompt: str) -> tuple[list[int
     """Latents of an SAE that fire in a prompt, strongest first, and all maxima [num_latents].
 
     The first token is left out where there are others: many latents fire on nothing but it.
+
+    Raises UserError for a prompt that is empty or too long.
     """
-    inputs = encode_prompt(bench.tokenizer, prompt, False)
+    ids = ids_of(bench, prompt)
     model, sae = bench.model(), bench.sae(source).sae
-    device = next(model.parameters()).device
     with attach(model, sae, strict=bench.session.strict) as attachment:
-        model(**{name: inputs[name].to(device) for name in ("input_ids", "attention_mask")})
-        dense = next(iter(attachment.codes.values())).to_dense()[0].float()
-    highest = (dense[1:] if len(dense) > 1 else dense).amax(0).cpu()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        code = next(iter(attachment.codes.values()))
+    first = min(1, ids.shape[1] - 1)
+    found, values = code.indices[0, first:].flatten().cpu(), code.values[0, first:].flatten()
+    highest = torch.zeros(sae.num_latents)
+    highest.scatter_reduce_(0, found.long(), values.float().cpu(), "amax")
     order = highest.argsort(descending=True)[: int((highest > 0).sum())]
     return order.tolist(), highest

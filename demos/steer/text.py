@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from saert.demos.widgets import Figure, Token
+from saert.demos.pieces import said
+from saert.demos.widgets import CHANGE_FULL, CHANGE_LEGEND, KL_FULL, KL_LEGEND, Figure, Token
 from saert.measure.steering import Live, Step
 from saert.measure.steering import Token as Written
 
 CHANGE, KL, NONE = "log-probability", "KL", "none"
-FULL = {CHANGE: 3.0, KL: 1.0}  # nats of full colour
+FULL = {CHANGE: CHANGE_FULL, KL: KL_FULL}  # nats
+LEGENDS = {CHANGE: CHANGE_LEGEND, KL: KL_LEGEND, NONE: ()}
 
 
 @dataclass
@@ -41,6 +43,14 @@ class Texts:
         self.default_ms, self.steered_ms = step.default_ms, step.steered_ms
 
 
+def grown(steps: Iterator[Step]) -> Iterator[Texts]:
+    """Both texts after each step: one object, which grows."""
+    texts = Texts()
+    for step in steps:
+        texts.add(step)
+        yield texts
+
+
 def plain(texts: Texts) -> list[Token]:
     """The default text: the prompt, then what the model writes."""
     return [_prompt(one) for one in texts.prompt] + [Token(text=t.text) for t in texts.default]
@@ -54,12 +64,12 @@ def heated(texts: Texts, how: str) -> list[Token]:
 
 
 def figures(texts: Texts) -> list[Figure]:
-    """KL, speed, and per SAE its L0, FVU and error norm."""
+    """KL, speed, and per SAE its L0, FVU and error norm; each note says over which tokens."""
     found: list[Figure] = []
     if spread := [one.kl for one in texts.steered if one.kl is not None]:
         found.append(
             Figure(name="mean KL, nats", value=f"{fmean(spread):.3f}",
-                   note="steered from default, per token written")
+                   note=f"steered from default, over {len(spread)} tokens written")
         )  # fmt: skip
     if texts.default_ms > 0:
         ratio = texts.steered_ms / texts.default_ms
@@ -71,19 +81,20 @@ def figures(texts: Texts) -> list[Figure]:
         ]  # fmt: skip
     for source, live in texts.live.items():
         place = f" · {source.rpartition(':')[2]}"
+        over = f"over {live.tokens} tokens, of the prompt and written"
         found += [
-            Figure(name=f"L0{place}", value=_number(live.l0, ".1f"),
-                   note="latents that fire per token"),
-            Figure(name=f"FVU{place}", value=_number(live.fvu, ".3f"),
-                   note="variance left unexplained"),
-            Figure(name=f"error norm{place}", value=_number(live.error_norm, ".2f"),
-                   note="mean length of what is left unexplained"),
+            Figure(name=f"L0{place}", value=said(live.l0, ".1f"),
+                   note=f"latents that fire per token, {over}"),
+            Figure(name=f"FVU{place}", value=said(live.fvu, ".3f"),
+                   note=f"variance left unexplained, {over}"),
+            Figure(name=f"error norm{place}", value=said(live.error_norm, ".2f"),
+                   note=f"mean length of what is left unexplained, {over}"),
         ]  # fmt: skip
     return found
 
 
 def _prompt(one: Written) -> Token:
-    return Token(text=one.text)
+    return Token(text=one.text, muted=True)
 
 
 def _heat(one: Written, how: str) -> Token:
@@ -97,7 +108,3 @@ def _heat(one: Written, how: str) -> Token:
         return Token(title=title)
     value = one.logprob - one.default_logprob if how == CHANGE else one.kl
     return Token(title=title, heat=max(-1.0, min(1.0, value / FULL[how])))
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

@@ -112,6 +112,13 @@ class Repo:
                 self._remember()
         return path
 
+    def to_fetch(self, name: str) -> int | None:
+        """Bytes that `fetch` would download: 0 if it is cached, None if the Hub does not say."""
+        if self._cached(safe_path(name)) is not None:
+            return 0
+        declared = self._declared.get(name)
+        return None if declared is None else declared.size
+
     def _ask(self) -> ModelInfo:
         """The Hub's answer on the revision, asked for once."""
         if self._found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,6 +70,8 @@ def rank_latents(
             "attributed_loss" estimates the change of the loss summed over all tokens after it,
             "attributed_logit" that of the logit of `token` there (`attribute`, one backward pass).
         token: vocabulary entry; None is the one that the model finds likeliest after `position`.
+        horizon: how many tokens true effects are measured over, the token's own prediction first;
+            no more than the text has.
         limit: at most so many latents, the strongest, Σ f ‖W_dec‖.
         report: called with (done, of how many) while true effects are computed.
 
@@ -79,7 +82,8 @@ def rank_latents(
     >>> rank_latents(model, sae, inputs["input_ids"], by="attributed_logit").latents[:3]
     """
     length = _one_text(ids)
-    at = _position(position, length)
+    at = token_at(position, length)
+    horizon = reach(horizon, at, length)
     if by in ("loss_change", "attributed_loss") and at == length - 1:
         raise ValueError(
             "nothing comes after the last token, so no loss depends on it: choose an earlier "
@@ -135,14 +139,12 @@ def logit_changes(
     >>> logit_changes(model, sae, inputs["input_ids"], -1, 912).shape
     torch.Size([1, 2048])
     """
-    at = _position(position, _one_text(ids))
-    if horizon < 1:
-        raise ValueError(f"horizon is {horizon}, expected at least 1")
+    at = token_at(position, _one_text(ids))
+    seen = slice(at, at + reach(horizon, at, ids.shape[1]))
     ids = ids.to(device_of(model))
-    seen = slice(at, at + horizon)
-    before = model(ids, use_cache=False).logits[0, seen]
+    before = _logits(model, ids)[seen]
     with attach(model, sae, ablate(latents, positions=at), record=False, strict=strict):
-        after = model(ids, use_cache=False).logits[0, seen]
+        after = _logits(model, ids)[seen]
     wide = accumulation_dtype(before.dtype)
     changed = torch.where(after == before, 0, after.to(wide) - before.to(wide))  # −inf stays −inf
     return (changed - changed.median(-1, keepdim=True).values).cpu()
@@ -151,8 +153,13 @@ def logit_changes(
 @torch.no_grad()
 def likeliest(model: Any, ids: Tensor, position: int) -> int:
     """The vocabulary entry that the model finds likeliest after a token."""
-    logits = model(ids.to(device_of(model)), use_cache=False).logits
-    return int(logits[0, position].argmax())
+    return int(_logits(model, ids.to(device_of(model)))[position].argmax())
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """[tokens, vocabulary]. The mask says that none is padding, or BOS may look like it."""
+    logits: Tensor = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    return logits
 
 
 def _strongest(model: Any, sae: SAE, ids: Tensor, at: int) -> tuple[Tensor, Tensor]:
@@ -175,7 +182,27 @@ def _one_text(ids: Tensor) -> int:
     return ids.shape[1]
 
 
-def _position(position: int, length: int) -> int:
-    if not -length <= position < length:
-        raise ValueError(f"position {position} is outside a text of {length} tokens")
-    return position % length
+def token_at(position: int, length: int) -> int:
+    """A position from 0, given one that may count from the end. TypeError, ValueError for none."""
+    at = _whole("position", position)
+    if not -length <= at < length:
+        raise ValueError(
+            f"position {position} is outside a text of {length} tokens; they count from 0"
+        )
+    return at % length
+
+
+def reach(horizon: int, position: int, length: int) -> int:
+    """How many tokens an effect at `position` is followed over: `horizon`, or what the text has.
+
+    TypeError for what is no whole number, ValueError for less than 1.
+    """
+    if _whole("horizon", horizon) < 1:
+        raise ValueError(f"horizon is {horizon}, expected at least 1")
+    return min(horizon, length - position)
+
+
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: found {value!r}, expected a whole number")
+    return operator.index(value)

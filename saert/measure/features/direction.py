@@ -7,6 +7,7 @@ from typing import Any
 
 from saert.measure.features.cards import Logit
 from saert.measure.features.directions import logit_lens, neighbours, unembedding
+from saert.measure.features.look import check_latent
 from saert.measure.features.vocabulary import vocabulary
 from saert.measure.passes import sites
 from saert.sae import SAE
@@ -37,8 +38,7 @@ def direction(
     It runs one token through the model, to find its final norm. ValueError if there is no such
     latent, or if the SAE does not say where it reads.
     """
-    if not 0 <= latent < sae.num_latents:
-        raise ValueError(f"latent {latent}: the SAE has 0 to {sae.num_latents - 1}")
+    check_latent(latent, sae.num_latents)
     at = (latent, latent + 1)
     through = unembedding(model, sites(sae)[1], sae.d_out)
     found = neighbours(sae.W_dec, near, at)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,30 +16,13 @@ from torch import Tensor
 from saert.hookpoint import Hookpoint
 from saert.measure.features.cards import Card, Examples, Logit, Selection
 from saert.measure.features.files import Arrays, Damaged, read
-from saert.measure.features.store import CHUNK, OURS, Entries, Range, ranges
+from saert.measure.features.look import check_latent
+from saert.measure.features.searching import Found, firing_on, occurrences, saying_most
+from saert.measure.features.store import OURS, Entries, Range, ranges
 from saert.sparse import SparseCode
 
 STANDARD = Selection()
 BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  # in each byte
-
-
-@dataclass(frozen=True)
-class Found:
-    """A latent that answers a search.
-
-    Attributes:
-        score: what the answers are ordered by.
-        coverage: part of the tokens searched for at which it fires.
-        share: part of all of its activation that falls on them.
-        activation: the largest on them.
-    """
-
-    latent: int
-    label: str | None
-    score: float
-    coverage: float
-    share: float
-    activation: float
 
 
 class FeatureIndex:
@@ -159,8 +141,7 @@ class FeatureIndex:
     # -- one latent ------------------------------------------------------------------------------
 
     def _find(self, latent: int) -> tuple[Range, Arrays, int, slice]:
-        if not 0 <= latent < self.num_latents:
-            raise ValueError(f"latent {latent}: the index has 0 to {self.num_latents - 1}")
+        check_latent(latent, self.num_latents, "the index")
         i = int(np.searchsorted(self._stops, latent, "right"))
         at, arrays = self._ranges[i], self._files[i]
         j = latent - at.start
@@ -237,51 +218,17 @@ class FeatureIndex:
         Ordered by coverage · share: the part of these tokens that the latent fires at, times the
         part of its activation that falls on them. It reads the whole index, a piece at a time.
         """
-        on = self._occurrences(tokens)
-        here = int(on.sum())
-        found = []
-        for at, arrays in zip(self._ranges, self._files, strict=True):
-            n = at.stop - at.start
-            hits, mass, largest = np.zeros(n), np.zeros(n), np.zeros(n)
-            for a in range(0, len(arrays["locations"]), CHUNK):
-                row, position, latent = arrays["locations"][a : a + CHUNK].astype(np.int64).T
-                hit = on[row, position]
-                latent, values = latent[hit], arrays["activations"][a : a + CHUNK][hit]
-                hits += np.bincount(latent, minlength=n)
-                mass += np.bincount(latent, values.astype(np.float64), minlength=n)
-                np.maximum.at(largest, latent, values)
-            share = mass / np.maximum(arrays["moments"][:, 0], np.finfo(np.float64).tiny)
-            coverage = hits / max(1, here)
-            for j in np.flatnonzero(hits):
-                score = float(coverage[j] * share[j])
-                found.append((score, at.start + int(j), coverage[j], share[j], largest[j]))
-        best = sorted(found, key=lambda one: (-one[0], one[1]))[:top]
-        return [
-            Found(i, self.labels.get(i), score, float(coverage), float(share), float(largest))
-            for score, i, coverage, share, largest in best
-        ]
-
-    def _occurrences(self, asked: int | Sequence[int] | str) -> NDArray[np.bool_]:
-        """bool [rows, context]: tokens that belong to an occurrence of it, special ones not."""
-        if isinstance(asked, str):
-            spelt = (asked, f" {asked}")
+        if isinstance(tokens, str):
+            spelt = (tokens, f" {tokens}")
             ways = [[i] for i, string in enumerate(self.vocabulary) if string in spelt]
             if not ways:
-                raise ValueError(f"no token is spelt {asked!r}: try a shorter word, or token ids")
+                raise ValueError(f"no token is spelt {tokens!r}: try a shorter word, or token ids")
         else:
-            ways = [[asked] if isinstance(asked, int) else list(asked)]
-        on = np.zeros(self._tokens.shape, bool)
-        for said in ways:
-            last = self.context - len(said) + 1
-            if not said or last < 1:
-                raise ValueError(f"search: {len(said)} tokens, expected 1 to {self.context}")
-            begins = np.ones((len(on), last), bool)
-            for i, token in enumerate(said):
-                begins &= self._tokens[:, i : i + last] == token
-            for i in range(len(said)):
-                on[:, i : i + last] |= begins
-        on &= np.unpackbits(self._used, axis=1, count=self.context).astype(bool)
-        return on
+            ways = [[tokens] if isinstance(tokens, int) else list(tokens)]
+        used = np.unpackbits(self._used, axis=1, count=self.context).astype(bool)
+        on = occurrences(self._tokens, used, ways)
+        parts = zip(self._ranges, self._files, strict=True)
+        return firing_on(on, parts, self.labels, top)
 
     @torch.no_grad()
     def rank(self, code: SparseCode, top: int = 10) -> list[Found]:
@@ -292,30 +239,11 @@ class FeatureIndex:
         """
         if code.num_latents != self.num_latents:
             raise ValueError(f"the code has {code.num_latents} latents, the index {len(self)}")
-        flat, values = (t.reshape(-1).cpu() for t in (code.indices, code.values.double()))
-        largest = torch.zeros(self.num_latents, dtype=torch.float64)
-        largest.scatter_reduce_(0, flat, values, "amax")
-        mass = torch.zeros_like(largest).scatter_add_(0, flat, values)
-        hits = torch.zeros_like(largest).scatter_add_(0, flat, (values > 0).double())
-        seen = self.largest.double()
         rarity = -(self.densities.clamp(min=0.5 / max(1, self.tokens_seen)).log())
-        near = largest / torch.maximum(seen, largest).clamp(min=1e-30)
-        score = near * rarity * (largest > 0)
-        tokens = max(1, flat.numel() // code.k)
-        total = mass + self._sums()
-        found = []
-        for i in score.argsort(descending=True, stable=True)[:top].tolist():
-            if score[i] <= 0:
-                break
-            share = float(mass[i] / total[i])
-            coverage = float(hits[i]) / tokens
-            label = self.labels.get(i)
-            found.append(Found(i, label, float(score[i]), coverage, share, float(largest[i])))
-        return found
-
-    def _sums(self) -> Tensor:
         sums = [arrays["moments"][:, 0] for arrays in self._files]
-        return torch.from_numpy(np.concatenate(sums))
+        return saying_most(
+            code, self.largest, rarity, torch.from_numpy(np.concatenate(sums)), self.labels, top
+        )
 
 
 def _hookpoint(config: Path) -> str | None:

@@ -37,8 +37,7 @@ class Look:
 
     def of(self, latent: int) -> Tensor:
         """float32 [tokens]: a latent's activation at each. ValueError if there is no such latent"""
-        if not 0 <= latent < self.code.num_latents:
-            raise ValueError(f"latent {latent}: the SAE has 0 to {self.code.num_latents - 1}")
+        check_latent(latent, self.code.num_latents)
         return (self.code.values * (self.code.indices == latent)).sum(-1)
 
     @property
@@ -50,6 +49,12 @@ class Look:
     def l0(self) -> Tensor:
         """int64 [tokens]: how many latents are active at each."""
         return (self.code.values != 0).sum(-1)
+
+
+def check_latent(latent: int, num_latents: int, where: str = "the SAE") -> None:
+    """ValueError unless `where` has such a latent."""
+    if not 0 <= latent < num_latents:
+        raise ValueError(f"latent {latent}: {where} has 0 to {num_latents - 1}")
 
 
 @torch.no_grad()

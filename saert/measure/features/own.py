@@ -44,6 +44,7 @@ def own_index(
     rows: int = 256,
     context: int = 128,
     cache: str | Path | None = None,
+    folder: str | Path | None = None,
     told: Told | None = None,
 ) -> FeatureIndex:
     """What an SAE's latents fire on in text that the model writes by itself.
@@ -57,7 +58,8 @@ def own_index(
             bundled model and two CPU cores the standard text takes 11 s, an index 1.3 s.
         labels: what is known of latents, as `feature_index` takes it.
         cache: a folder; `cache_folder()` by default.
-        told: called with what part is done and what is being done.
+        folder: where this index goes, if not into the cache: for one that is not to be kept.
+        told: called with what part is done and what is being done. What it raises ends the work.
 
     Raises ValueError for a tokenizer without a start token, and what `feature_index` raises.
 
@@ -75,10 +77,10 @@ def own_index(
         "tokenizer": vocabulary_identity(vocabulary(tokenizer)),
         "text": sha256(text.numpy().tobytes()).hexdigest(),
     }
-    folder = place / "features" / _digest(key)
-    with _alone(folder):
+    target = place / "features" / _digest(key) if folder is None else Path(folder)
+    with _alone(target):
         index = feature_index(
-            model, sae, text, folder, tokenizer=tokenizer, labels=labels or {},
+            model, sae, text, target, tokenizer=tokenizer, labels=labels or {},
             special=specials(tokenizer), dataset="written by the model itself", progress=False,
         )  # fmt: skip
     say(1.0, "done")

@@ -135,7 +135,7 @@ def refined_text(
         estimate = sae.decode(one, x)
         new = state.masked_scatter(mask, estimate.to(state))
         with hooked(model, write, lambda old, new=new: new.view_as(old)):  # type: ignore[misc]
-            logits = model(ids, use_cache=False).logits
+            logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         error = _filled(wide(y - estimate).norm(dim=-1), used, torch.nan)
         runs.append(_run(clean, logits, ids, error, spread, top))
     before, after = (_filled(strength(sae, one), used, 0.0) for one in (code, found.code))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saert.measure.reports.reconstruction import check_rows
 from saert.measure.steering.prompt import Pieces, check_room, encode_prompt
 from saert.measure.steering.setup import Setup
-from saert.measure.steering.stream import Stream, check_writer
-from saert.measure.steering.watch import Live, watched
+from saert.measure.steering.stream import CACHE, Stream, check_writer
+from saert.measure.steering.watch import Live, check_names, watched
 from saert.sae import SAE
 from saert.twin import twin
 
 ROWS = 64  # prompt tokens whose distributions are compared at a time
+PASS = 256  # prompt tokens whose logits are held at a time, where the model has a cache
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,13 @@ class Step:
 
 
 def side_by_side(
-    model: Any, tokenizer: Any, setup: Setup, saes: Mapping[str, SAE], *, strict: bool = True
+    model: Any,
+    tokenizer: Any,
+    setup: Setup,
+    saes: Mapping[str, SAE],
+    *,
+    ids: Tensor | None = None,
+    strict: bool = True,
 ) -> Iterator[Step]:
     """Two texts from one seed, a token of each at a time: the model's own, and the steered one.
 
@@ -80,21 +88,28 @@ def side_by_side(
     any thread.
 
     Args:
-        saes: by source string, those that `setup.sources` lists at least.
+        saes: by source string, those that `setup.sources` lists at least, each under one name.
+        ids: int64 [1, T], tokens to continue instead of `setup.prompt`.
         strict: as for `attach`.
 
     Raises:
         ValueError, TypeError: a prompt that does not fit, an edit that cannot be meant, an SAE
-            that is missing or does not fit the model, edits that drive the model to NaN.
+            that is missing, that is there under two names or that does not fit the model, edits
+            that drive the model to NaN.
         NotImplementedError: a model that keeps no cache, or that translates (encoder-decoder).
     """
     if missing := [source for source in setup.sources if source not in saes]:
         raise ValueError(f"{missing[0]} is not among the SAEs given: {', '.join(saes) or 'none'}")
     check_writer(model)
-    ids = encode_prompt(tokenizer, setup.prompt, setup.chat)["input_ids"].to(model.device)
+    chosen = {source: saes[source] for source in setup.sources or saes}
+    check_names(chosen)
+    if ids is None:
+        ids = encode_prompt(tokenizer, setup.prompt, setup.chat)["input_ids"]
+    elif len(ids := check_rows(model, ids)) != 1:
+        raise ValueError(f"ids: found {len(ids)} rows, expected one")
+    ids = ids.to(model.device)
     check_room(model, ids.shape[1], setup.sampling.max_new_tokens)
     steered_model = twin(model)
-    chosen = {source: saes[source] for source in setup.sources or saes}
     with watched(steered_model, chosen, setup, strict) as watch:
         # No mode of the thread (no_grad) is held over a yield: the next step may be another's.
         prompt = _prompt_tokens(model, steered_model, tokenizer, ids)
@@ -144,22 +159,41 @@ class _Text:
 @torch.no_grad()
 def _prompt_tokens(model: Any, steered: Any, tokenizer: Any, ids: Tensor) -> tuple[Token, ...]:
     """The prompt's tokens; a pass of its own, since `generate` asks for the last logits only."""
-    mask = torch.ones_like(ids)
-    new, old = (
-        one(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :-1]
-        for one in (steered, model)
-    )
     listed = ids[0].tolist()
     numbers: list[tuple[Any, ...]] = [(None, None, None)]
-    for i in range(0, len(listed) - 1, ROWS):
-        rows = slice(i, i + ROWS)
-        numbers += zip(*compare(new[rows], old[rows], listed[1:][rows]), strict=True)
+    for new, old in zip(_logits(steered, ids[:, :-1]), _logits(model, ids[:, :-1]), strict=True):
+        for some, bare in zip(new.split(ROWS), old.split(ROWS), strict=True):
+            said = listed[len(numbers) : len(numbers) + len(some)]
+            numbers += zip(*compare(some, bare, said), strict=True)
     pieces = Pieces(tokenizer)
     texts = [pieces.add(token, i == len(listed)) for i, token in enumerate(listed, 1)]
     return tuple(
         Token(token, text, *three)
         for token, text, three in zip(listed, texts, numbers, strict=True)
     )
+
+
+def _logits(model: Any, ids: Tensor) -> Iterable[Tensor]:
+    """Logits [some tokens, vocabulary] of ids [1, T], in order, `PASS` tokens at a time.
+
+    All at once for a model whose cache would not take several tokens, as Mamba's.
+    """
+    if not ids.numel():
+        return
+    short = ids.shape[1] <= PASS
+    cache, seen = None, 0
+    while seen < ids.shape[1]:
+        part = ids[:, seen : seen + PASS]
+        seen += part.shape[1]
+        mask = torch.ones_like(ids[:, :seen])
+        held: dict[str, Any] = {} if cache is None else {CACHE: cache}
+        out = model(input_ids=part, attention_mask=mask, use_cache=not short, **held)
+        cache = getattr(out, CACHE, None)
+        if cache is None and not short:
+            mask = torch.ones_like(ids)
+            yield model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+            return
+        yield out.logits[0]
 
 
 def _token(token: int, text: str, steered: Tensor, bare: Tensor) -> Token:

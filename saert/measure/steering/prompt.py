@@ -42,10 +42,8 @@ def check_room(model: Any, tokens: int, more: int) -> None:
     """Raise ValueError if a prompt and what is asked for do not fit the model's context."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens + more > limit:
-        raise ValueError(
-            f"the prompt has {tokens} tokens and {more} more were asked for; "
-            f"the model holds {limit}"
-        )
+        asked = f" and {more} more were asked for" if more else ""
+        raise ValueError(f"the prompt has {tokens} tokens{asked}; the model holds {limit}")
 
 
 class Pieces:

@@ -10,11 +10,21 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from saert.measure.steering.snippet import snippet
-from saert.measure.steering.spec import EditSpec, checked_text, known_fields, number, whole
+from saert.measure.steering.spec import (
+    EditSpec,
+    checked_name,
+    checked_text,
+    known_fields,
+    number,
+    short,
+    source_of,
+    whole,
+)
 
 MAX_NEW_TOKENS = 8192
 MAX_EDITS = 64
-MAX_JSON = 256 * 1024  # characters: of prompts, mostly; far more than a model's context holds
+MAX_PROMPT = 32 * 1024  # characters
+MAX_JSON = 8 * MAX_PROMPT  # JSON may take six for one
 COOLEST, HOTTEST = 0.01, 100.0
 
 
@@ -74,12 +84,14 @@ class Setup:
 
     Attributes:
         model: "bundled", a folder or a Hub id.
-        prompt: what to continue, or with `chat` what a user says, in the model's chat template.
+        prompt: what to continue, or with `chat` what a user says, in the model's chat template;
+            at most 32768 characters (`side_by_side` takes longer ones as ids).
         edits: in the order they apply.
         splice: replace the hidden state by the SAEs' reconstruction, so that what they cannot
             explain is lost too.
         sampling: how tokens are drawn.
-        saes: SAEs to attach beside those that edits name: to watch, or to splice without an edit.
+        saes: SAEs to attach beside those that edits name: for their figures (`Step.live`), or to
+            splice in without an edit.
 
     Raises ValueError, TypeError: a value that cannot be meant.
 
@@ -98,22 +110,23 @@ class Setup:
 
     def __post_init__(self) -> None:
         """Check every value, and make the sequences tuples."""
-        if not checked_text("model", self.model).strip():
-            raise ValueError("model: found nothing, expected bundled, a folder or a Hub id")
-        checked_text("prompt", self.prompt)
+        model = checked_name("model", self.model, "bundled, a folder or a Hub id")
+        object.__setattr__(self, "model", model)  # frozen for everyone else
+        if len(checked_text("prompt", self.prompt)) > MAX_PROMPT:
+            raise ValueError(
+                f"prompt: found {len(self.prompt):,} characters, expected at most {MAX_PROMPT:,}"
+            )
         for name in ("chat", "splice"):
             if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name}: found {value!r}, expected true or false")
+                raise TypeError(f"{name}: found {short(value)}, expected true or false")
         for name, kind in (("edits", EditSpec), ("saes", str)):
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or not all(isinstance(v, kind) for v in value):
-                raise TypeError(f"{name}: found {value!r}, expected a list of {kind.__name__}")
+                raise TypeError(f"{name}: found {short(value)}, expected a list of {kind.__name__}")
             if len(value) > MAX_EDITS:
                 raise ValueError(f"{name}: found {len(value)}, expected at most {MAX_EDITS}")
-            object.__setattr__(self, name, tuple(value))  # frozen for everyone else
-        for source in self.saes:
-            if not checked_text("saes", source).strip():
-                raise ValueError("saes: found an empty source string")
+            object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "saes", tuple(source_of("saes", one) for one in self.saes))
         if not isinstance(self.sampling, Sampling):
             raise TypeError(f"sampling: found {type(self.sampling).__name__}, expected Sampling")
 

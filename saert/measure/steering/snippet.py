@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from saert.hub.bundled import DEMO, NAME
+from saert.hub.bundled import NAME
 
 if TYPE_CHECKING:
     from saert.measure.steering.setup import Setup
@@ -80,12 +80,7 @@ def _prompt(setup: Setup) -> list[str]:
 def _saes(sources: tuple[str, ...]) -> list[str]:
     if not sources:
         return []
-    return ["saes = [", *(f"    load({_quoted(_source(source))})," for source in sources), "]"]
-
-
-def _source(source: str) -> str:
-    """As `load` takes it: the bundled SAEs have a default only where they are shown."""
-    return f"{NAME}:{DEMO.hookpoint}" if source == NAME else source
+    return ["saes = [", *(f"    load({_quoted(source)})," for source in sources), "]"]
 
 
 def _edits(setup: Setup, names: dict[str, str]) -> list[str]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from saert.measure.steering.setup import Sampling
 
-CACHES = ("past_key_values", "cache_params")
+CACHE = "past_key_values"
+CACHES = (CACHE, "cache_params")  # and that of Mamba
 
 
 def check_writer(model: Any) -> None:
@@ -49,6 +50,7 @@ class Stream:
             ids,
             attention_mask=torch.ones_like(ids),
             pad_token_id=pad,
+            max_length=None,  # the model's own would make transformers warn each time
             custom_generate=self._take_over,
             **sampling.options(),
         )

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
+
+import torch
 
 from saert.edits import Edit
 from saert.measure.steering.setup import Setup
@@ -55,10 +58,9 @@ class Watch:
         if self._attachment is None:
             return {}
         reports = self._attachment.report().values()  # in the order of attaching
-        seen = dict(zip(_unique(self._saes), reports, strict=True))
         return {
             source: Live(one.l0, one.fvu, one.error_norm, one.tokens)
-            for source, one in ((source, seen[id(sae)]) for source, sae in self._saes.items())
+            for source, one in zip(self._saes, reports, strict=True)
         }
 
 
@@ -74,7 +76,7 @@ def watched(
         yield Watch(None, saes, setup)
         return
     edits = [one.edit(saes[one.sae]) for one in setup.edits]
-    chosen = list(_unique(saes).values())
+    chosen = list(saes.values())
     with attach(model, chosen, edits, splice=setup.splice, strict=strict) as attachment:
         watch = Watch(attachment, saes, setup)
         watch.begin("prompt")
@@ -86,6 +88,20 @@ def _edits(setup: Setup, saes: Mapping[str, SAE], phase: str) -> list[Edit]:
     return [replace(one, phase="all").edit(saes[one.sae]) for one in mine]
 
 
-def _unique(saes: Mapping[str, SAE]) -> dict[int, SAE]:
-    """Two names of one SAE are one SAE."""
-    return {id(sae): sae for sae in saes.values()}
+def check_names(saes: Mapping[str, SAE]) -> None:
+    """ValueError for one SAE under two names: it would act twice, or be watched twice."""
+    for (a, one), (b, other) in combinations(saes.items(), 2):
+        if _same(one, other):
+            raise ValueError(f"{a} and {b} are the same SAE: use one name for it")
+
+
+def _same(one: SAE, other: SAE) -> bool:
+    if one is other:
+        return True
+    about = [(s.hookpoint, s.target_hookpoint, repr(s.activation), s.dtype) for s in (one, other)]
+    if about[0] != about[1]:
+        return False
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(tensor, theirs[name].to(tensor.device)) for name, tensor in ours.items()
+    )

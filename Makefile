@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first and pinned: a later, looser requirement must not fetch another build
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,measure,demo,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,measure,demo,serve,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## active latents, steering and ablation on the bundled model, offline

@@ -1,6 +1,6 @@
 """The command line: `saert demo`, `generate`, `features`, `info`, `train`, `scale`, `eval`,
 `explain`, `index`, `card`, `probe`, `compare`, `publish`,
-`refine`, `verify`, `app`.
+`refine`, `verify`, `app`, `serve`.
 
 Commands read options, call `_cli_run`, and print: tables for people, or one JSON object with
 `--json` and nothing else on standard output. What the user can put right is one line on standard
@@ -26,6 +26,7 @@ import saert._cli_probe as probing
 import saert._cli_publish as publishing
 import saert._cli_refine as refining
 import saert._cli_run as run
+import saert._cli_serve as openai_serving
 import saert._cli_train as training
 import saert._cli_verify as verifying
 import saert._cli_view as view
@@ -261,6 +262,14 @@ app.command(
         "saert app -m gpt2 -s gpt2:openai-32k/resid_post.6 --features index --port 8000",
     ),
 )(serving.app_command)
+
+app.command(
+    "serve",
+    epilog=examples(
+        "saert serve",
+        "SAERT_API_KEY=… saert serve -m gpt2 -s gpt2:openai-32k/resid_post.6 --host 0.0.0.0",
+    ),
+)(openai_serving.serve_command)
 
 app.command(
     "find", epilog=examples("saert find gpt2", "saert find google/gemma-2-2b --offline --json")

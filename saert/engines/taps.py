@@ -148,12 +148,13 @@ class Tap:
         if not (batch.edited or batch.spliced):
             return None
         y = stream.where(usable, 0)
-        plan, source = self.table.plan(batch.rows, batch.positions), None if source is None else x
+        source = None if source is None else x
         new = y
         if batch.edited:
             new = self.table.apply(y, batch.rows, batch.positions, source=source, code=code)
         if batch.spliced:
-            whole = plan if batch.edited else EditPlan()
+            edited = batch.edited
+            whole = self.table.plan(batch.rows, batch.positions) if edited else EditPlan()
             instead = edit(y, self.sae, whole, source=source, code=code, splice=True)
             new = torch.where(self.spliced[batch.rows].unsqueeze(-1), instead, new)
         return torch.where(usable, new, stream)

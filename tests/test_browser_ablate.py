@@ -59,7 +59,6 @@ def test_what_is_ablated_is_what_was_chosen_and_no_more(tab):
     latents, title = tab.locator("#ablate-latents [data-index]"), tab.locator("#ablate-ablated")
     third, fourth = (latents.nth(i).locator("b").inner_text() for i in (2, 3))
     expect(title).to_contain_text(f"with {fourth} ablated")
-    expect(tab.locator("#ablate-ablated [data-index]")).to_have_count(40)  # a run is not cut short
     latents.nth(2).click()
     tab.locator("#ablate-run").click()
     expect(title).to_contain_text(f"with {third} ablated")  # alone: nobody added the fourth

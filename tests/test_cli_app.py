@@ -106,7 +106,7 @@ def test_it_ends_in_peace_while_it_reads_in_the_background(tmp_path):
             time.sleep(0.05)
         time.sleep(1)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=180)
+        said, _ = process.communicate(timeout=60)
         assert not list((tmp_path / "text").glob("*.safetensors")), "it was not at work"
         assert process.returncode == 0 and "terminate" not in said and "Traceback" not in said, said
     finally:
@@ -193,7 +193,7 @@ def test_a_space_runs_from_a_folder_of_its_own(tmp_path):
         assert [token["text"] for token in seen["tokens"]][-1] == " dog"
         assert seen["tokens"][-1]["latents"]
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=180)
+        process.communicate(timeout=60)
         assert process.returncode == 0
     finally:
         process.kill()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 pytest.importorskip("gradio", reason="needs gradio: pip install 'saert[demo]'")
@@ -324,7 +325,6 @@ def test_closing_ends_the_work_that_is_done(session, monkeypatch):
 
 
 def test_what_is_uploaded_is_small_and_does_not_stay(session):
-    httpx = pytest.importorskip("httpx")
     app = build(session).queue(**QUEUE)
     _, url, _ = app.launch(**LAUNCH)
     try:

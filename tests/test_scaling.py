@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+import torch
 
 from saert.train.scaling import (
     GPT4_COMPUTE,
@@ -267,7 +268,6 @@ def test_a_broken_points_file_is_refused(tmp_path, text, message):
 
 def test_flops_match_a_count_of_products():
     """torch's own counter on the dense encoder, and k rows of the sparse rest."""
-    torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
     tokens, d_in, d_out, n, k = 3, 8, 10, 40, 4

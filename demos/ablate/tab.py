@@ -242,7 +242,8 @@ def build(bench: Workbench, shared: Shared) -> None:
     by.change(lambda by: gr.Textbox(visible=by == "attributed_logit"), by, target, **quiet)
     ranked.select(on_latent, [seen, text], detail, **hidden, **HEAVY)
     running = run.click(
-        on_run, [*choice, length, heat, seed], [default, ablated, stop, undo], **quiet, **HEAVY
+        on_run, [*choice, length, heat, seed], [default, ablated, stop, undo],
+        trigger_mode="always_last", **quiet, **HEAVY,  # a click in the middle of a run counts
     )  # fmt: skip
     gr.on([look.click, line.select], None, None, None, cancels=[running], **hidden)
     stop.click(lambda: off, None, stop, cancels=[running], **hidden)

@@ -29,8 +29,8 @@ _RELEASE = """() => setTimeout(() => {
     const rows = document.querySelectorAll('.steer-row');
     rows[rows.length - 1]?.scrollIntoView({block: 'center'});
   }
-  if (held.asked) run?.click();
-  held.asked = held.reveal = false;
+  held.reveal = false;
+  held.go?.();
 }, 50)"""
 
 # Once, when the page is there. Another tab's “Steer with this” leads to the row it added; results
@@ -39,11 +39,24 @@ INSTALL = """() => {
   if (window.saertHeld?.installed) return;
   const held = (window.saertHeld ??= {names: new Set(), asked: false});
   held.installed = true;
+  let ours = false; // the click that follows is what a person's click came to
+  held.go = () => {
+    if (!held.asked || held.names.size) return;
+    held.asked = false;
+    ours = true;
+    document.getElementById('steer-run')?.click();
+    ours = false;
+  };
   document.addEventListener('click', event => {
     const id = event.target.closest?.('button')?.id ?? '';
     if (id === 'explore-steer' || id === 'ablate-steer') held.reveal = true;
     if (id !== 'steer-run') return;
-    if (held.names.size) { event.stopImmediatePropagation(); held.asked = true; return; }
+    if (!ours) { // gradio gets to what was clicked before a little later
+      event.stopImmediatePropagation();
+      held.asked = true;
+      setTimeout(held.go, 50);
+      return;
+    }
     const results = document.querySelector('.steer-results');
     if (results && results.getBoundingClientRect().top > innerHeight - 160)
       results.scrollIntoView({block: 'start', behavior: 'smooth'});

@@ -94,7 +94,8 @@ def build(bench: Workbench, shared: Shared) -> None:
         yield from _run(bench, edits, how, values)
 
     event = run.click(
-        shown(write), [shared.edits, heat, *with_.all], outputs, **QUIET, **HEAVY
+        shown(write), [shared.edits, heat, *with_.all], outputs,
+        trigger_mode="always_last", **QUIET, **HEAVY,  # a click in the middle of a run counts
     )  # fmt: skip
     stop.click(None, cancels=[event])
     waited: dict[str, Any] = {"js": hold("setup"), **QUIET}

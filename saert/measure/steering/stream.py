@@ -11,6 +11,7 @@ from saert.measure.steering.setup import Sampling
 
 CACHE = "past_key_values"
 CACHES = (CACHE, "cache_params")  # and that of Mamba
+MASK = "attention_mask"
 
 
 def check_writer(model: Any) -> None:
@@ -67,7 +68,9 @@ class Stream:
         self._process, self._stop = logits_processor, stopping_criteria
         self._samples = bool(generation_config.do_sample)
         self._cache = {name: passed[name] for name in CACHES if passed.get(name) is not None}
-        self._passed = {name: passed[name] for name in ("logits_to_keep",) if name in passed}
+        self._passed = {name: passed[name] for name in (MASK, "logits_to_keep") if name in passed}
+        if CACHE not in self._cache:  # Mamba's steps take no mask
+            self._passed.pop(MASK, None)
         return input_ids
 
     @torch.no_grad()
@@ -97,4 +100,6 @@ class Stream:
         """Append a token, drawn here or elsewhere."""
         self._unread = self.ids.new_tensor([[token]])
         self.ids = torch.cat([self.ids, self._unread], 1)
+        if MASK in self._passed:  # without one, transformers warns and looks for padding
+            self._passed[MASK] = torch.ones_like(self.ids)
         self.ended = bool(self._stop(self.ids, None).all())

@@ -89,13 +89,18 @@ def test_a_space_loads_nothing_else_unless_allowed(launched, monkeypatch, asked)
     assert launched[0][2] == ("hub" if asked else "nothing")
 
 
+def interruptible() -> None:
+    """Hear SIGINT also where the shell that runs the tests is in the background, and ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_it_ends_in_peace_while_it_reads_in_the_background(tmp_path):
     pytest.importorskip("gradio", reason="needs gradio: pip install 'saert[demo]'")
     command = [sys.executable, "-c", "from saert.cli import app; app()", "app", "-s", "bundled"]
     process = subprocess.Popen(
         command, env={**os.environ, "SAERT_CACHE": str(tmp_path)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=interruptible,
     )  # fmt: skip
     try:
         for line in process.stdout:
@@ -178,7 +183,7 @@ def test_a_space_runs_from_a_folder_of_its_own(tmp_path):
     }  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "app.py"], cwd=folder, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=interruptible,
     )  # fmt: skip
     try:
         said = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saert.hookpoint import Hookpoint, Location
+from saert.parts import gathered
 
 Act = Callable[[Tensor], Tensor | None]
 
@@ -35,11 +36,14 @@ def hooked(model: nn.Module, hookpoint: Hookpoint, act: Act) -> Iterator[None]:
         return hidden + changes.pop().view_as(hidden) if changes else None
 
     if location.carry is None:
-        handles = [_register(location, act)]
+        handles = [_register(model, location, act)]
     else:  # the block goes on with a copy of its own, which has to change as well
         block = Location(location.carry, model.get_submodule(location.carry), "out")
         # before other hooks on the block's output, which must see the change
-        handles = [_register(location, replace), _register(block, carry, prepend=True)]
+        handles = [
+            _register(model, location, replace),
+            _register(model, block, carry, prepend=True),
+        ]
     try:
         with eager():
             yield
@@ -81,7 +85,8 @@ class _Eager:
 eager = _Eager()
 
 
-def _register(at: Location, act: Act, prepend: bool = False) -> RemovableHandle:
+def _register(model: nn.Module, at: Location, act: Act, prepend: bool = False) -> RemovableHandle:
+    act = gathered(model, at, act)
     if at.side == "in":
         hook = InputHook(act)
         return at.module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True)

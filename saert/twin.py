@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -21,6 +22,8 @@ def twin(model: M) -> M:
 
     Raises TypeError for a model with something attached, or whose hidden states are being read
     or changed (`saert.hooks.hooked`), as those hooks would be copied. Hooks of anyone else are.
+    Also for one where somebody replaced the `forward` of a module that has weighty children by a
+    function which cannot be copied: the twin would run the children of the original.
 
     >>> with attach(twin(model), sae, add(3, 8.0)):
     ...     logits = model(**inputs).logits  # as if nothing were attached
@@ -32,5 +35,24 @@ def twin(model: M) -> M:
                 "the model cannot be copied while something is attached to it, or reads or changes "
                 "its hidden states: detach that first, or take the twin before"
             )
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    own = (*model.parameters(), *model.buffers(), *_offloaded(model))
+    other = copy.deepcopy(model, {id(one): one for one in own})
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        kept = forward is not None and vars(other.get_submodule(name))["forward"] is forward
+        if kept and any(next(child.parameters(), None) is not None for child in module.children()):
+            raise TypeError(
+                f"{name or 'the model'}: its forward was replaced by {forward!r}, which would run "
+                "the original's modules in a twin, past every hook; take the twin before that"
+            )
+    return other
+
+
+def _offloaded(model: nn.Module) -> Iterator[Any]:
+    """Where accelerate keeps the weights of modules that it fills for each pass."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            weights = getattr(one, "weights_map", None)
+            if weights is not None:
+                yield weights

@@ -30,6 +30,7 @@ from saert.record import SAEReport
 from saert.refine import Refinement, refine
 from saert.runtime import Attachment, attach
 from saert.sae import SAE
+from saert.sharded import shard
 from saert.sparse import SparseCode
 from saert.twin import twin
 
@@ -70,6 +71,7 @@ __all__ = [
     "refine",
     "save",
     "scale",
+    "shard",
     "twin",
     "verify",
 ]

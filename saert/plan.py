@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from saert.edits import LatentEdit, Op, VectorEdit
-from saert.kernels.decode import sparse_decode
 from saert.kernels.numerics import no_autocast
 from saert.sae import SAE
 from saert.sparse import SparseCode
@@ -70,12 +69,15 @@ class EditPlan:
 
     Attributes:
         slot_gate, vector_gate: bool [*tokens or broadcastable, E or V]; None acts on every token.
+        added: what the slots add to a token that all of them act on, [d_out], in the model's units;
+            None where that depends on the token.
     """
 
     slots: Slots | None = None
     vectors: Vectors | None = None
     slot_gate: Tensor | None = None
     vector_gate: Tensor | None = None
+    added: Tensor | None = None
 
     @property
     def empty(self) -> bool:
@@ -129,6 +131,19 @@ def compile_plan(
     return EditPlan(slots, vectors)
 
 
+@torch.no_grad()
+def summed(plan: EditPlan, sae: SAE) -> EditPlan:
+    """The plan with `added`, where its slots only add, and no weight of the SAE is trained."""
+    slots = plan.slots
+    trained = any(parameter.requires_grad for parameter in sae.parameters())
+    if slots is None or slots.reads_code or trained or not sae.rescales_alike:
+        return plan
+    amounts = sae.rescale(slots.amounts, slots.amounts.new_zeros(sae.d_in))
+    directions = sae.directions(slots.latents).to(amounts.dtype)
+    # a product would obey autocast
+    return replace(plan, added=(amounts.unsqueeze(-1) * directions).sum(0))
+
+
 def edit(
     hidden: Tensor,
     sae: SAE,
@@ -157,12 +172,14 @@ def edit(
         out = hidden
         if splice:
             out = sae(x) if code is None else sae.decode(code, x)
-        if plan.slots is not None:
+        if plan.added is not None and plan.slot_gate is None:
+            out = out + plan.added
+        elif plan.slots is not None:
             difference = sae.rescale(_differences(x, sae, plan, code), x)
             latents = plan.slots.latents
             if latents.dim() > 1:
                 latents = latents.expand(difference.shape)
-            out = sparse_decode(latents, difference, sae.W_dec, base=out)
+            out = sae.written(latents, difference, base=out)
         if plan.vectors is not None:
             out = out + _vector_sum(x, sae, plan, code)
         return out.to(hidden.dtype)

@@ -106,9 +106,13 @@ class Attachment:
         self._spliced: tuple[Hookpoint, ...] = ()
         self._refined: tuple[Hookpoint, ...] = ()
         self._tracker: Tracker | None = None
-        self._model = model
+        self._model, self.compiled = model, compiled
         for at, sae in saes:
             check_model(model, sae, at, strict)
+            if compiled and not sae.whole:
+                raise ValueError(
+                    f"{at}: compiled=True needs a whole SAE, found one in shards; attach without it"
+                )
         make = StaticTap if compiled else Tap
         self._taps = [make(model, at, sae, record) for at, sae in saes]
         self.codes = Codes(
@@ -190,6 +194,8 @@ class Attachment:
     def refine(self, where: Places) -> None:
         self._check_open("refine")
         taps = self._at(where, "refine")
+        if parts := [str(tap.hookpoint) for tap in taps if not tap.sae.whole]:
+            raise ValueError(f"{parts[0]}: refine needs a whole SAE, found one in shards")
         for tap in self._taps:
             tap.refine = tap in taps
         self._refined = tuple(dict.fromkeys(tap.hookpoint for tap in taps))

@@ -9,7 +9,7 @@ Row i of `W_enc` is the direction latent i reads, row i of `W_dec` the one it wr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saert.activations import Activation, Gated
 from saert.hookpoint import Hookpoint
 from saert.kernels.decode import sparse_decode
+from saert.kernels.encode import Encoded
 from saert.kernels.linear import linear_scores
 from saert.kernels.numerics import HALF, accumulation_dtype, no_autocast
 from saert.sparse import SparseCode
@@ -37,6 +38,8 @@ class SAE(nn.Module):
     half precision and a wider one as it is; both accumulate in float32, and scores are never
     rounded below float32 before the selection.
     """
+
+    whole: ClassVar[bool] = True  # False: `saert.sharded`, which has no W_enc and W_dec to show
 
     def __init__(
         self,
@@ -165,6 +168,17 @@ class SAE(nn.Module):
         return self.target_hookpoint is not None or self.d_in != self.d_out
 
     @property
+    def rescales_alike(self) -> bool:
+        """Whether `rescale` gives every token the same factor."""
+        return self.is_transcoder or self.input_transform.scales_alike
+
+    @property
+    def decoder_version(self) -> tuple[int, int]:
+        """Another value whenever W_dec has been replaced, or written in place (but by `.data`)."""
+        W_dec = self.W_dec
+        return W_dec.data_ptr(), 0 if W_dec.is_inference() else W_dec._version
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return self.W_enc.dtype
@@ -217,10 +231,7 @@ class SAE(nn.Module):
         compiled or captured graph, where nothing can be raised, NaN goes unreported.
         """
         self._check_width(x)
-        z, b_dec = self._reading(x)
-        found = self.activation.encode_input(
-            z, self.W_enc, self.b_enc, b_dec, self._selection_weight()
-        )
+        found = self._encoded(x)
         if _inspectable(found.nan) and found.nan.any():
             bad = found.nan.nonzero()
             first = f", first at token {bad[0].tolist()}" if bad.shape[1] else ""
@@ -229,6 +240,12 @@ class SAE(nn.Module):
                 f"NaN{first}; the input or the weights contain NaN or inf, or the product overflows"
             )
         return SparseCode(found.indices, found.values, self.num_latents)
+
+    def _encoded(self, x: Tensor) -> Encoded:
+        z, b_dec = self._reading(x)
+        return self.activation.encode_input(
+            z, self.W_enc, self.b_enc, b_dec, self._selection_weight()
+        )
 
     def activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """Dense activations [*tokens, num_latents], or [*tokens, E] of the given latents.
@@ -247,6 +264,17 @@ class SAE(nn.Module):
         return self.activation.at(self.pre_activations(x, latents), latents, weight)
 
     # -- writing -------------------------------------------------------------------------------
+
+    def directions(self, latents: Tensor) -> Tensor:
+        """Rows of W_dec: int64 [*, E] -> [*, E, d_out], in the dtype of the weights."""
+        return self.W_dec[latents]
+
+    def written(self, latents: Tensor, values: Tensor, base: Tensor | None = None) -> Tensor:
+        """base + Σ_j values_j · W_dec[latents_j]: [*tokens, d_out], in the SAE's units, no bias.
+
+        values [*tokens, k]; latents int64 of the same shape, or [k] where tokens share them.
+        """
+        return sparse_decode(latents, values, self.W_dec, base=base)
 
     def decode(self, code: SparseCode, x: Tensor | None = None) -> Tensor:
         """The reconstruction in the model's units: [*tokens, d_out].

@@ -8,6 +8,7 @@ to be carried to (`resid_mid`, which a block also keeps in a local variable).
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -19,7 +20,8 @@ from saert.edits import Edit, LatentEdit, VectorEdit
 from saert.hookpoint import Hookpoint, Location
 from saert.hooks import InputHook, OutputHook
 from saert.kernels.numerics import accumulation_dtype, no_autocast
-from saert.plan import EditPlan, compile_plan, edit
+from saert.parts import gathered
+from saert.plan import EditPlan, compile_plan, edit, summed
 from saert.record import Recorder
 from saert.refine import refit
 from saert.sae import SAE
@@ -34,6 +36,7 @@ class Tap:
 
     def __init__(self, model: nn.Module, at: Hookpoint, sae: SAE, record: Record) -> None:
         self.hookpoint, self.sae = at, sae
+        self._model = model
         self.read = at.resolve(model)
         target = sae.target_hookpoint
         own = at if target is None or sae.hookpoint is None else sae.hookpoint
@@ -53,6 +56,7 @@ class Tap:
         self.splice = self.refine = False
         self._edits: list[Edit] = []
         self._plan, self._planned_for = EditPlan(), (sae.device, sae.dtype)
+        self._live, self._summed = False, (0, 0)
         self._tracker: Tracker | None = None
         self._handles: list[Any] = []
         self._source: Tensor | None = None
@@ -91,7 +95,17 @@ class Tap:
     def _compile(self) -> EditPlan:
         self._planned_for = (self.sae.device, self.sae.dtype)
         with outside_inference_mode():
-            return compile_plan(self._latent_edits, self._vector_edits, self.sae)
+            plan = compile_plan(self._latent_edits, self._vector_edits, self.sae)
+            if self._live:
+                return plan
+            self._summed = self.sae.decoder_version
+            return summed(plan, self.sae)
+
+    def _outdated(self) -> bool:
+        """Whether the plan holds a sum of directions that have changed since."""
+        if torch.compiler.is_compiling() or self._plan.added is None:
+            return False
+        return self._summed != self.sae.decoder_version
 
     def _plan_for(self, context: Context, device: torch.device) -> EditPlan:
         plan = self._compile() if self._live else self._plan
@@ -136,6 +150,7 @@ class Tap:
     ) -> None:
         """Register in attach order, and ahead of other hooks, so that those see the edit."""
         assert self._tracker is not None
+        act = gathered(self._model, at, act)
         if at.side == "out":
             handle = at.module.register_forward_hook(OutputHook(act), prepend=True)
             hooks: Any = at.module._forward_hooks
@@ -166,7 +181,7 @@ class Tap:
         assert self._tracker is not None
         source, self._source = self._source, None
         self._carried = None  # a pass that broke off may have left its own
-        x, y = hidden if source is None else source, hidden
+        x, y = hidden if source is None else source.to(hidden.device), hidden
         if self.write is not self.read and source is None:
             raise RuntimeError(f"{self.hookpoint} did not run before {self.sae.target_hookpoint}")
         tracker = self._tracker
@@ -175,7 +190,7 @@ class Tap:
         if self.sae.device != x.device:
             with outside_inference_mode():
                 self.sae.to(x.device)
-        if self._planned_for != (self.sae.device, self.sae.dtype):
+        if self._planned_for != (self.sae.device, self.sae.dtype) or self._outdated():
             self._plan = self._compile()
         if context.rows * context.length != y.numel() // y.shape[-1]:
             raise RuntimeError(
@@ -240,7 +255,7 @@ class Tap:
                 f"{self.hookpoint}: the hidden state is {list(x.shape)}, but the SAE {verb} width "
                 f"{width}"
             )
-        if torch.compiler.is_compiling() or bool(x.isfinite().all()):
+        if torch.compiler.is_compiling() or _finite(x):
             return x
         finite = x.isfinite().all(-1).reshape(context.rows, context.length)
         bad = ~finite if context.real is None else ~finite & context.real.to(x.device)
@@ -257,6 +272,13 @@ class Tap:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise no_copy()
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether nothing is NaN or inf. One sum says so, unless it overflows."""
+    return math.isfinite(x.detach().sum(dtype=accumulation_dtype(x.dtype)).item()) or bool(
+        x.isfinite().all()
+    )
 
 
 def _check_width(location: Location, width: int, at: Hookpoint, verb: str) -> None:

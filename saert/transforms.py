@@ -42,6 +42,11 @@ class InputTransform:
         return Transformed(x, None, None)
 
     @property
+    def scales_alike(self) -> bool:
+        """Whether `scale` is the same for all tokens."""
+        return False
+
+    @property
     def needs_input(self) -> bool:
         """Whether a reconstruction can only be scaled back next to the input it came from."""
         return True
@@ -50,6 +55,10 @@ class InputTransform:
 @dataclass(frozen=True)
 class NoTransform(InputTransform):
     """The SAE reads the hidden state as it is."""
+
+    @property
+    def scales_alike(self) -> bool:
+        return True
 
     @property
     def needs_input(self) -> bool:
@@ -80,6 +89,10 @@ class LayerNorm(InputTransform):
 class MeanCentre(InputTransform):
     """x - mean(x) per token, as in models whose writing weights were centred; the mean returns."""
 
+    @property
+    def scales_alike(self) -> bool:
+        return True
+
     def __call__(self, x: Tensor) -> Transformed:
         mean = x.mean(-1, keepdim=True)
         return Transformed(x - mean, mean, None)
@@ -108,6 +121,10 @@ class DatasetScale(InputTransform):
     """x · factor, one number for the whole data set; undone by / factor."""
 
     factor: float = 1.0
+
+    @property
+    def scales_alike(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.factor) and self.factor > 0):

@@ -17,7 +17,7 @@ BLOCKS = {
     page: re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S) for page in PAGES
 }
 MODULES = ("activations", "edits", "hookpoint", "refine", "runtime", "sae", "sparse", "transforms")
-MODULES += ("hub.load", "hub.format", "hub.verify")
+MODULES += ("sharded", "hub.load", "hub.format", "hub.verify")
 MODULES += ("hub.publish", "hub.publishing.private")
 MODULES += ("measure.reports.compute", "measure.reports.reconstruction")
 MODULES += ("measure.attribution.attribute", "measure.attribution.metric")

@@ -99,7 +99,7 @@ def ablation_effects(
             pairs = _largest(pairs, scores.at(write, rows, at, pairs.latents), attributed)
 
         def change(some: Pairs) -> Tensor:
-            away = -some.values.unsqueeze(-1) * sae.W_dec[some.latents].to(some.values.dtype)
+            away = -some.values.unsqueeze(-1) * sae.directions(some.latents).to(some.values.dtype)
             return sae.rescale(away, x[some.rows, some.positions])
 
         return pairs, change, None if keep_error else sae.decode(code, x)

@@ -19,6 +19,8 @@ from torch import Tensor
 from saert.kernels import dispatch
 from saert.kernels.operators import operator
 
+FEW = 320  # entries that Python compares sooner than half a dozen torch calls do
+
 
 def topk_rows(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values, indices) of the k largest of each row [T, n], the lowest index first among equals.
@@ -56,10 +58,10 @@ topk = operator("topk(Tensor ranks, int k) -> (Tensor, Tensor)", _topk, _topk_fa
 def descends(values: Tensor, above: float = -math.inf) -> bool:
     """Whether a few rows [T, k] descend strictly and end above a bound; False if they are many.
 
-    Looked at in Python: one token at a time, when a dictionary has just gone through the caches,
+    Looked at in Python: a few tokens at a time, when a dictionary has just gone through the caches,
     a torch call costs 20 µs, and masks take several.
     """
-    return len(values) <= 4 and all(
+    return values.numel() <= FEW and all(
         row[-1] > above and all(a > b for a, b in pairwise(row)) for row in values.tolist()
     )
 

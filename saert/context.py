@@ -106,16 +106,22 @@ class Generation:
 
     Attributes:
         rows, columns: the shape of the caller's prompt, padding included.
+        given: how many of its columns have ids; fewer than `columns` if a cache holds the rest.
         mask: the caller's 2-D attention mask, if one was given.
         stops: ids after which a row is finished and gets padding; () if the prompt had no ids.
+        still: whether the contexts of all passes must have tensors for the same things, as a
+            compiled graph wants it. Else, where no row has finished, `real` is the mask's or None.
         prompt_lengths: int64 [rows · expansion], once a pass has shown them.
     """
 
     rows: int
     columns: int
+    given: int
     mask: Tensor | None = None
     stops: tuple[int, ...] = ()
+    still: bool = True
     prompt_lengths: Tensor | None = None
+    _unfinished: int = 0  # columns behind the prompt in which no row has ended; -1: one has
 
     def expansion(self, rows: int) -> int:
         """Rows of a pass per row of the caller's batch."""
@@ -124,23 +130,26 @@ class Generation:
     def context(self, ids: Tensor, length: int, mask: Tensor | None, seen: int | None) -> Context:
         """The context of the next pass: `length` tokens, after `seen` in the cache."""
         rows = ids.shape[0]
-        padded = mask is not None  # generate drops a mask without padding
-        if mask is None:
-            total = max(length, ids.shape[1]) if seen is None else seen + length
-            mask = torch.ones(rows, total, dtype=torch.long, device=ids.device)
-        if self.prompt_lengths is None or mask.shape[1] <= self.columns:
-            self.prompt_lengths = self._measure(mask, self.expansion(rows))
-        counted = mask.long().cumsum(-1) - 1
+        total = max(length, ids.shape[1]) if seen is None else seen + length
+        width = total if mask is None else mask.shape[1]
+        if self.prompt_lengths is None or width <= self.columns:
+            whole = ids.new_ones(rows, total) if mask is None else mask
+            self.prompt_lengths = self._measure(whole, self.expansion(rows))
         # whole tensors: torch.compile makes a graph for each stride that a view has
-        real = mask[:, -length:].bool().contiguous() if padded else None
+        real = None
+        if mask is None:  # generate drops a mask without padding
+            positions = torch.arange(total - length, total, device=ids.device).repeat(rows, 1)
+        else:
+            positions = (mask.long().cumsum(-1) - 1)[:, -length:].contiguous()
+            real = mask[:, -length:].bool().contiguous()
         finished = self._finished(ids, length)
         if finished is not None:
-            running = ~finished[:, None].expand(rows, length)
+            running = ~finished.expand(rows, length)
             real = running if real is None else real & running.to(real.device)
         return Context(
             rows,
             length,
-            positions=counted[:, -length:].contiguous(),
+            positions=positions,
             real=real,
             prompt_lengths=self.prompt_lengths,
             expansion=self.expansion(rows),
@@ -153,17 +162,34 @@ class Generation:
         return self.columns - (prompt == 0).sum(-1)
 
     def _finished(self, ids: Tensor, length: int) -> Tensor | None:
-        """bool [rows]: rows that ended before this pass, whose tokens are padding now.
+        """bool [rows, 1 or length]: tokens of rows that ended before them, which are padding.
 
         transformers gives them a mask of 1. A batch of one stops instead.
         """
-        if self.rows == 1 or not self.stops or length > 1:
+        whole = length == ids.shape[1]  # generate without a cache
+        if ids.shape[0] == 1 or not self.stops or not (length == 1 or whole):
             return None
-        before = ids[:, self.columns : -1]
-        if before.shape[1] == 0:
+        behind = ids[:, self.given :]
+        if behind.shape[1] < 2:
             return None
-        stops = torch.tensor(self.stops, device=ids.device)
-        return torch.isin(before, stops).any(-1)
+        looks = not self.still and ids.device.type == "cpu"  # elsewhere it would wait
+        if looks and self._none_finished(behind[:, :-1]):
+            return None
+        ended = torch.isin(behind, torch.tensor(self.stops, device=ids.device))
+        if not whole:
+            return ended[:, :-1].any(-1, keepdim=True)
+        before = ended.long().cumsum(-1) > ended.long()
+        return torch.cat([before.new_zeros(len(ids), length - behind.shape[1]), before], 1)
+
+    def _none_finished(self, before: Tensor) -> bool:
+        """Whether no row has ended. Columns that the pass before looked at are not looked at."""
+        if self._unfinished < 0:
+            return False
+        columns = before.shape[1]
+        fresh = before[:, -1] if self._unfinished == columns - 1 else before.flatten()
+        found = any(token in self.stops for token in fresh.tolist())
+        self._unfinished = -1 if found else columns
+        return not found
 
 
 def _selected(positions: Tensor, wanted: tuple[int, ...] | slice, ends: Tensor | None) -> Tensor:

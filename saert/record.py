@@ -16,6 +16,7 @@ from saert.sae import SAE
 from saert.sparse import SparseCode
 
 _EVENTS = 256  # CUDA timings in flight before finished ones are summed up
+_SMALL, _WAITING = 64, 512  # tokens: passes of at most so many wait until so many can be summed
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,17 @@ class Recorder:
     def clear(self) -> None:
         """Forget everything."""
         self._passes: list[SparseCode | Tensor] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # L0s, errors and y of tokens
+        self._tokens_waiting = 0
         self._sums: dict[str, Tensor] = {}
         self._seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
 
     def observe(self, code: SparseCode | None, x: Tensor, y: Tensor, real: Tensor | None) -> None:
         """Note a pass: x [rows, T, d_in] read, y [rows, T, d_out] to be explained.
+
+        The sums of short passes (generation) are made for many at a time: a dozen small operators
+        cost more than the decoder.
 
         Without a code (a compiled graph cannot hold one of data-dependent width) the activations
         are kept dense until somebody asks.
@@ -75,11 +81,32 @@ class Recorder:
             self._passes = [seen]
         else:
             self._passes.append(seen)
-        self._count(l0, y, reconstruction, mask)
-
-    def _count(self, l0: Tensor, y: Tensor, reconstruction: Tensor, mask: Tensor | None) -> None:
         y = y.to(reconstruction.dtype)
-        error = (y - reconstruction).square().sum(-1)
+        error = y - reconstruction
+        if mask is None and l0.numel() <= _SMALL and not torch.compiler.is_compiling():
+            self._wait(l0, error, y)
+        else:
+            self._count(l0, error, y, mask)
+
+    def _wait(self, l0: Tensor, error: Tensor, y: Tensor) -> None:
+        if self._waiting and self._waiting[0][0].device != l0.device:
+            self._catch_up()
+        d = y.shape[-1]
+        # a copy: the model may write into its hidden state
+        self._waiting.append((l0.flatten(), error.reshape(-1, d), y.reshape(-1, d).clone()))
+        self._tokens_waiting += l0.numel()
+        if self._tokens_waiting >= _WAITING:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Sum what waits."""
+        waiting, self._waiting, self._tokens_waiting = self._waiting, [], 0
+        if waiting:
+            l0, error, y = (torch.cat(parts)[None] for parts in zip(*waiting, strict=True))
+            self._count(l0, error, y, None)
+
+    def _count(self, l0: Tensor, error: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        error = error.square().sum(-1)
         power = y.square().sum(-1)
         ones = torch.ones_like(error)
         if mask is not None:
@@ -127,6 +154,8 @@ class Recorder:
         """The statistics so far."""
         while self._events:
             self._settle(*self._events.pop(0))
+        with torch.no_grad():
+            self._catch_up()
         if not self._sums:
             return SAEReport(0, None, None, None, self._seconds * 1000)
         tokens, l0, error, norm, power = self._sums["scalars"].tolist()

@@ -44,6 +44,7 @@ class StaticRecorder(Recorder):
         """Make the buffers, where the SAE is now. The sums so far are kept."""
         if not self._record:
             return
+        self._catch_up()
         sae, device = self._sae, self._sae.device
         wide = torch.float64 if device.type != "mps" else torch.float32
         with torch.inference_mode(False), torch.no_grad():

@@ -51,10 +51,14 @@ class EditTable:
         on: int64 [rows, slots], 1 where the slot is in use.
         reads_code: whether any slot ever written needs activations (anything but a plain `add`).
         rounds: how many edits of one latent in one row there have been at most, and at least 1.
+        constant: whether all edits, so far, add the same to every token of a range: plain `add`s
+            over one range each row, of a frozen SAE that rescales all tokens alike. What they add
+            is kept by row, and `apply` adds that.
 
-    `reads_code` and `rounds` shape the graph. They only grow, until `clear_all`, and each growth
-    makes torch.compile compile once more. Where that cannot be (a captured graph), declare them
-    and pass `grows=False`: `write` then refuses what would need more.
+    These three shape the graph. The first two only grow and the third only falls, until
+    `clear_all`, and each change makes torch.compile compile once more. Where that cannot be (a
+    captured graph), declare them and pass `grows=False`: `write` then refuses what would need more,
+    and nothing is taken to be constant.
 
     Args:
         sae: whose latents are edited.
@@ -89,7 +93,9 @@ class EditTable:
             )
         self.sae, self.rows, self.slots = sae, rows, slots
         self.reads_code, self.rounds, self.grows = reads_code, rounds, grows
-        self._declared = reads_code, rounds
+        self.constant = grows and sae.rescales_alike and not reads_code
+        self._summed = sae.decoder_version
+        self._declared = reads_code, rounds, self.constant
         place = sae.device if device is None else torch.device(device)
         wide = torch.float64 if sae.dtype == torch.float64 else torch.float32
         with torch.inference_mode(False):  # an inference tensor could not be rewritten outside it
@@ -99,6 +105,8 @@ class EditTable:
             self._empty_whole, self._empty_real = self._packed([])
             self._whole.copy_(self._empty_whole[:, None].expand_as(self._whole))
             self._real.copy_(self._empty_real[:, None].expand_as(self._real))
+            self._added = torch.zeros(rows, sae.d_out, dtype=wide, device=place)
+            self._reach = torch.zeros(2, rows, dtype=torch.int64, device=place)  # first and last
         (
             self.latents,
             self.ops,
@@ -138,21 +146,32 @@ class EditTable:
                 "grows=False; declare more when it is made"
             )
         whole, real = self._packed(slots)
+        constant = self.constant and not reads_code and _one_range(slots)
+        constant = constant and not any(p.requires_grad for p in self.sae.parameters())
+        constant = constant and self._summed == self.sae.decoder_version
+        added = self._sum(slots) if constant and slots else None
         self._whole[:, row].copy_(whole)
         self._real[:, row].copy_(real)
         self.reads_code, self.rounds = self.reads_code or reads_code, max(self.rounds, rounds)
+        self.constant = constant
+        self._reach[:, row] = torch.tensor(slots[0].at[:2]) if slots else 0
+        if added is not None:
+            self._added[row] = added
 
     def clear(self, row: int) -> None:
         """No edits in this row any more."""
         self._check_row(row)
         self._whole[:, row].copy_(self._empty_whole)
         self._real[:, row].copy_(self._empty_real)
+        self._reach[:, row] = 0
 
     def clear_all(self) -> None:
-        """No edits anywhere, and `reads_code` and `rounds` as they were declared."""
+        """No edits anywhere, and `reads_code`, `rounds`, `constant` as they were at first."""
         self._whole.copy_(self._empty_whole[:, None].expand_as(self._whole))
         self._real.copy_(self._empty_real[:, None].expand_as(self._real))
-        self.reads_code, self.rounds = self._declared
+        self._reach.zero_()
+        self.reads_code, self.rounds, self.constant = self._declared
+        self._summed = self.sae.decoder_version
 
     def plan(self, token_rows: Tensor, positions: Tensor) -> EditPlan:
         """The plan of a batch: which row and position each token has, int64 [*tokens] both.
@@ -181,12 +200,30 @@ class EditTable:
         A token that no slot acts on comes out bit for bit as it went in. Arguments as for `plan`
         and `saert.plan.edit`.
         """
+        if self.constant and self._summed == self.sae.decoder_version:
+            first, last = self._reach[:, token_rows]
+            inside = ((positions >= first) & (positions < last)).unsqueeze(-1)
+            added = (hidden + self._added[token_rows]).to(hidden.dtype)
+            return torch.where(inside, added, hidden)
         plan = self.plan(token_rows, positions)
         assert plan.slot_gate is not None
         edited = edit(hidden, self.sae, plan, source=source, code=code)
         return torch.where(plan.slot_gate.any(-1, keepdim=True), edited, hidden)
 
     # -- helpers -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _sum(self, slots: Sequence[_Slot]) -> Tensor:
+        """What slots that only add, add: [d_out], in the model's units."""
+        sae = self.sae
+        amounts = torch.tensor([[slot.amount for slot in slots]], dtype=self._real.dtype)
+        amounts = sae.rescale(
+            amounts.to(sae.device), amounts.new_zeros(1, sae.d_in, device=sae.device)
+        )
+        directions = sae.directions(
+            torch.tensor([slot.latent for slot in slots], device=sae.device)
+        )
+        return (amounts.T * directions.to(amounts.dtype)).sum(0)  # a product would obey autocast
 
     def _check_row(self, row: int) -> None:
         if not 1 <= row < self.rows:
@@ -245,6 +282,11 @@ class EditTable:
             whole[:, i] = torch.tensor(row)
             real[:, i] = torch.tensor((s.amount, s.above), dtype=real.dtype)
         return whole, real
+
+
+def _one_range(slots: Sequence[_Slot]) -> bool:
+    """Whether all slots act at the same tokens, without gaps."""
+    return len({slot.at for slot in slots}) <= 1 and all(slot.at[2] == 1 for slot in slots)
 
 
 def _ranges(select: Selection, prompt_length: int | None, who: str) -> list[_Range]:

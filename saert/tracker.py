@@ -27,7 +27,13 @@ _MISSING = object()
 
 
 class User(Protocol):
-    """What a tracker asks of an attachment."""
+    """What a tracker asks of an attachment.
+
+    Attributes:
+        compiled: whether its hooks run in a graph that must not change.
+    """
+
+    compiled: bool
 
     def refuse_batching(self) -> str | None:
         """Which edit `generate_batch` could not honour, if any."""
@@ -274,7 +280,8 @@ class Tracker:
         """While `generate` runs. A model that `assists` itself goes on with the outer prompt."""
         outer = self._generations[-1] if self._generations else None
         if outer is not None and assists and outer.prompt_lengths is not None:
-            generation.prompt_lengths, generation.columns = outer.prompt_lengths, 0
+            generation.prompt_lengths = outer.prompt_lengths
+            generation.columns = generation.given = 0
         self._generations.append(generation)
         try:
             yield
@@ -291,12 +298,14 @@ class Tracker:
         prompt = kwargs.get("inputs_embeds") if ids is None else ids
         mask = kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        rows, columns = (1, 1) if prompt is None else (prompt.shape[0], prompt.shape[1])
+        rows, given_columns = (1, 1) if prompt is None else (prompt.shape[0], prompt.shape[1])
+        columns = given_columns
         if mask is not None:
             columns = max(columns, mask.shape[1])  # a continued cache: only the new ids are given
         config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         stops = () if ids is None else _stops(original, config, kwargs)
-        generation = Generation(rows, columns, mask, stops)
+        still = any(user.compiled for user in self._users)
+        generation = Generation(rows, columns, given_columns, mask, stops, still)
         with self._generation(generation, bool(getattr(config, "is_assistant", False))):
             return original(*args, **kwargs)
 

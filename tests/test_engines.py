@@ -1,6 +1,9 @@
 """Engines' parts in one process: directives, rows, codes, taps on flat tokens, hooks for SGLang."""
 
 import json
+import math
+import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +20,17 @@ from saert.engines.places import place
 from saert.engines.rows import Rows, batch_of
 from saert.engines.sglang import make
 from saert.engines.taps import StreamHook
-from saert.engines.vllm.plugin import admit
+from saert.engines.vllm.engine import Engine
+from saert.engines.vllm.plugin import admit, check_registered, register
 from saert.engines.vllm.station import Station
-from saert.engines.vllm.support import WORKER, Unsupported, check_config, check_version
+from saert.engines.vllm.support import (
+    EXTENSION,
+    RUNNER,
+    WORKER,
+    Unsupported,
+    check_config,
+    check_version,
+)
 from saert.hookpoint import Hookpoint
 from saert.hub.format import save
 from saert.measure.steering.spec import EditSpec
@@ -253,7 +264,8 @@ def test_a_token_that_overflows_stays_its_own_problem(huge):
     assert out["b"].isfinite().all() and torch.equal(out["a"][[0, 2]], out["b"][[0, 2]])
     assert out["a"][1].allclose(out["plain"][1], rtol=0, atol=0, equal_nan=True)
     kept = unpack(station.store.take("a")[AT]).code
-    assert kept.values[1].eq(0).all() and kept.values[0].ne(0).any()
+    assert kept.values[1].isnan().all()  # nobody takes it for a token where nothing fires
+    assert kept.values[0].isfinite().all() and kept.values[0].ne(0).any()
 
 
 def test_a_row_forgets_whose_it_was():
@@ -358,7 +370,8 @@ def test_places():
 # --------------------------------------------------------------------------- vLLM's front door
 
 
-def config(**changes):
+def config(model=(), **changes):
+    model = dict(model)
     parallel = dict(
         worker_cls=WORKER, worker_extension_cls="", pipeline_parallel_size=1, use_ubatching=False
     )
@@ -369,7 +382,11 @@ def config(**changes):
         speculative_config=None,
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         model_config=SimpleNamespace(
-            uses_mrope=False, is_encoder_decoder=False, runner_type="generate"
+            uses_mrope=False,
+            is_encoder_decoder=False,
+            runner_type="generate",
+            **dict(generation_config="auto", override_generation_config={}) | model,
+            get_vocab_size=lambda: 100,
         ),
         additional_config={"saert": {"catalogue": {AT: vars(CATALOGUE[AT])}}},
     )
@@ -381,6 +398,7 @@ def request(saert=None, **changes):
         extra_args=None if saert is None else {"saert": saert, "other": 1},
         n=1,
         skip_reading_prefix_cache=None,
+        logit_bias=None,
     )
     facts = dict(sampling_params=params, cache_salt=None, resumable=False, prompt_embeds=None)
     return SimpleNamespace(**facts | dict(prompt_token_ids=[1, 2, 3]) | changes)
@@ -389,8 +407,92 @@ def request(saert=None, **changes):
 @pytest.fixture
 def vllm(monkeypatch):
     module = SimpleNamespace(__version__="0.32.0", __spec__=None)
-    monkeypatch.setitem(__import__("sys").modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "vllm", module)
     return module
+
+
+@pytest.fixture
+def door(vllm, monkeypatch):
+    """vLLM's `InputProcessor`, as far as the plugin looks at it."""
+
+    class InputProcessor:
+        def __init__(self, config, **generation):
+            self.vllm_config, self.generation_config_fields = config, generation
+
+        def process_inputs(self, request):
+            return request
+
+    module = SimpleNamespace(InputProcessor=InputProcessor)
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.input_processor", module)
+    monkeypatch.setenv(RUNNER, "")
+    monkeypatch.delenv(RUNNER)
+    return InputProcessor
+
+
+def test_a_worker_misses_the_plugin(door):
+    with pytest.raises(Unsupported, match="did not load saert's plugin.*VLLM_PLUGINS"):
+        check_registered()
+    register()
+    check_registered()
+    once = door.process_inputs
+    register()
+    assert door.process_inputs is once and os.environ[RUNNER] == "0"
+
+
+def test_a_vllm_that_we_do_not_know_is_left_alone(door, vllm):
+    vllm.__version__ = "0.99.1"
+    before = door.process_inputs
+    register()
+    assert door.process_inputs is before and RUNNER not in os.environ
+    with pytest.raises(Unsupported, match="found 0.99.1"):
+        Engine(None)
+    with pytest.raises(Unsupported, match="found 0.99.1"):
+        Engine.start("model")
+
+
+def test_tokens_that_a_model_never_draws(door):
+    """`suppress_tokens`: those there are, unless the request itself says something of them."""
+    register()
+    says = {"suppress_tokens": [1, 5, -1, 100]}
+
+    def bias(own=None, says=says, saert=None, **changes):
+        one = request(saert)
+        one.sampling_params.logit_bias = own
+        door(config(**changes), **says).process_inputs(one)
+        return one.sampling_params.logit_bias
+
+    own = {5: 2.0, 7: 1.0}
+    assert bias() == bias(saert=[spec(3)]) == {1: -math.inf, 5: -math.inf}
+    assert bias(own) == {1: -math.inf, 5: 2.0, 7: 1.0} and own == {5: 2.0, 7: 1.0}
+    assert bias(says={}) is bias(says={"suppress_tokens": None}) is None
+    assert bias(own, says={}) is own
+    assert bias(model=dict(generation_config="vllm")) is None
+    assert bias(model=dict(override_generation_config={"suppress_tokens": [2]})) == {2: -math.inf}
+    extension = dict(worker_cls="auto", worker_extension_cls=EXTENSION)
+    assert bias(parallel=extension) == bias()
+    assert bias(parallel=dict(worker_cls="auto")) is None  # an engine that is none of ours
+    pooling = request(sampling_params=None)
+    assert door(config(), **says).process_inputs(pooling) is pooling
+
+
+def test_without_params_an_engine_takes_the_models_defaults(door):
+    class Params(SimpleNamespace):
+        def clone(self):
+            return Params(**vars(self))
+
+    asked = []
+    llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(vllm_config=config()),
+        get_default_sampling_params=lambda: Params(temperature=0.5, extra_args=None),
+        generate=lambda prompts, params, use_tqdm: asked.extend(params) or [None] * len(prompts),
+    )
+    engine = Engine(llm)
+    engine.generate(["a", "b"], edits=[[spec(3)], []])
+    engine.generate("a", Params(temperature=0.0, extra_args=None))
+    assert [one.temperature for one in asked] == [0.5, 0.5, 0.0]
+    assert [one.extra_args is None for one in asked] == [False, True, True]
+    with pytest.raises(ValueError, match="0 params for 1 prompts"):
+        engine.generate("a", [])
 
 
 def test_requests_are_salted_whether_or_not_their_user_thought_of_it(vllm):
@@ -454,7 +556,9 @@ def test_versions_and_settings():
     check_config(config())
     for changes, words in (
         (dict(use_v2_model_runner=True), "V2"),
-        (dict(parallel=dict(pipeline_parallel_size=2)), "pipeline"),
+        (dict(parallel=dict(pipeline_parallel_size=2)), "pipeline_parallel_size is 2"),
+        (dict(parallel=dict(data_parallel_size=2)), "data_parallel_size is 2, expected 1"),
+        (dict(parallel=dict(prefill_context_parallel_size=4)), "prefill_context.* is 4"),
         (dict(parallel=dict(use_ubatching=True)), "micro-batches"),
         (dict(speculative_config=object()), "speculatively"),
         (dict(cache_config=SimpleNamespace(kv_sharing_fast_prefill=True)), "fast_prefill"),

@@ -545,23 +545,41 @@ def test_rows_under_a_bare_backbone_inside_generate_are_refused():
         greedy(model, num_beams=2)
 
 
-def test_rows_that_have_ended_are_padding():
+@pytest.mark.parametrize("how", ["two prompts", "two answers", "continued", "no cache"])
+def test_rows_that_have_ended_are_padding(how):
     """transformers pads them and leaves their mask at 1."""
-    from transformers import LogitsProcessor
+    from transformers import DynamicCache, LogitsProcessor
 
     class Scripted(LogitsProcessor):
+        drawn = 0
+
         def __call__(self, input_ids, scores):
-            ends = input_ids.shape[1] == IDS.shape[1] + 1  # row 0, with its second token
+            self.drawn += 1
+            ends = self.drawn == 2  # row 0, with its second token
             chosen = torch.tensor([[2 if ends else 10], [11]])
             return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
     model, sae = tiny("gpt2"), make_sae()
-    with attach(model, sae, record="all") as attachment:
-        new = greedy(model, eos_token_id=2, logits_processor=[Scripted()])
-    assert new[:, 7:].tolist() == [[10, 2, 0, 0, 0, 0], [11] * 6]
+    options = {"eos_token_id": 2, "logits_processor": [Scripted()]}
+    ids = IDS
+    if how == "two answers":
+        ids = IDS[:1]
+        options |= {"num_return_sequences": 2, "do_sample": True}
+    if how == "continued":
+        options["past_key_values"] = DynamicCache(config=model.config)
+        options["attention_mask"] = torch.ones_like(IDS)
+    if how == "no cache":
+        options["use_cache"] = False
+    with attach(model, sae, record="last" if how == "no cache" else "all") as attachment:
+        if how == "continued":
+            model(IDS[:, :4], past_key_values=options["past_key_values"])
+            ids = IDS[:, 4:]
+        new = greedy(model, ids, **options)
+    assert new[:, ids.shape[1] :].tolist() == [[10, 2, 0, 0, 0, 0], [11] * 6]
     active = attachment.codes["resid_post.1"].l0() > 0
     assert active.int().tolist() == [[1] * 9 + [0] * 3, [1] * 12]
-    assert attachment.report()["resid_post.1"].tokens == 9 + 12
+    if how != "no cache":  # which sees tokens again and again
+        assert attachment.report()["resid_post.1"].tokens == 9 + 12
 
 
 @pytest.mark.parametrize("return_dict", [True, False])

@@ -1,5 +1,6 @@
 """The engine: in company every job gets what it gets alone, and nothing of it stays behind."""
 
+import math
 import random
 import threading
 
@@ -352,3 +353,26 @@ def test_clamp_of_a_monitor_is_the_conditional_edit(saes):
     assert (edit.latents, edit.amount, edit.op) == ((3,), 2.0, clamp(3, 2.0).op)
     assert (edit.select.when.latent, edit.select.when.above) == (3, 0.5)
     assert Monitor(NAMES[0], 3, 0.5).edit() is None
+
+
+def test_a_monitor_is_not_silent_at_a_token_that_it_cannot_read(batching):
+    """The norm behind it makes a huge hidden state finite again: nothing else would notice."""
+    first, second = NAMES
+    huge = EditSpec(sae=first, latent=3, op="add", amount=1e19, phase="generated")
+    for action in ("flag", "stop"):
+        watch = Monitor(second, 5, 1e6, action)
+        directive = Directive((huge,), codes=(second,), key=f"huge {action}")
+        job = Job((5, 6, 7), Sampling(4, 0.0), directive, (watch,), (Wanted(second, 3),))
+        heard = Heard([job], batching)
+        heard.wait()
+        *steps, end = heard.items[0]
+        assert [alarm.position for step in steps for alarm in step.alarms][0] == 3
+        assert not any(step.alarms for step in steps[:1])  # the prompt can be read
+        assert all(math.isnan(alarm.activation) for step in steps for alarm in step.alarms)
+        assert end.reason == ("monitor" if action == "stop" else "length")
+        assert all(reading.latents == () for reading in steps[1].readings)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(batching):
+    with pytest.raises(ValueError, match=f"token {VOCAB}; the model has {VOCAB}"):
+        batching.submit(Job((5, VOCAB), Sampling(4, 0.0)), lambda item: None)

@@ -162,6 +162,88 @@ def test_a_table_does_what_attach_does(act, dtype):
     handle.remove()
 
 
+# -- rows that add the same to every token -------------------------------------------------------
+
+
+def plain_adds(rng: random.Random, n: int) -> list[Edit]:
+    """Adds of one range: what a table keeps as one vector."""
+    where = rng.choice(
+        [
+            {},
+            {"phase": "prompt"},
+            {"phase": "generated"},
+            {"positions": slice(2, rng.randrange(3, 9))},
+        ]
+    )
+    return [add(rng.randrange(n), rng.uniform(-2, 2), **where) for _ in range(rng.randrange(1, 4))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("act", "transform", "kind", "constant"),
+    [
+        ("topk", "none", "sae", True),
+        ("jumprelu", "mean_centre", "sae", True),
+        ("batchtopk", "dataset_scale", "sae_skip", True),
+        ("relu", "layer_norm", "transcoder_square", True),  # writes in the model's own units
+        ("topk", "layer_norm", "sae", False),
+        ("abstopk", "unit_norm", "sae", False),
+    ],
+)
+def test_plain_adds_are_one_vector_per_row(act, transform, kind, constant, dtype):
+    sae, rng = make(act, transform, kind), random.Random(act)
+    table = EditTable(sae, rows=5, slots=8)
+    x = inputs(60).to(dtype)
+    hidden = torch.randn(60, sae.d_out).to(dtype) if sae.is_transcoder else x
+    source = x if sae.is_transcoder else None
+    rows = torch.tensor([rng.randrange(5) for _ in range(60)])
+    positions = torch.tensor([rng.randrange(SEQUENCE) for _ in range(60)])
+    for _ in range(5):  # rewritten in place
+        for row in (1, 2, 3):  # 4 stays empty
+            table.write(row, plain_adds(rng, sae.num_latents), prompt_length=rng.randrange(1, 8))
+        assert table.constant == constant
+        out = table.apply(hidden, rows, positions, source=source)
+        plan = table.plan(rows, positions)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out, edit(hidden, sae, plan, source=source))
+        still = ~plan.slot_gate.any(-1)
+        assert still.any() and torch.equal(out[still], hidden[still])
+        assert not torch.equal(out, hidden)
+    table.clear(2)
+    two = rows == 2
+    assert torch.equal(table.apply(hidden, rows, positions, source=source)[two], hidden[two])
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [set_to(3, 1.0)],
+        [add(3, 1.0, when=active(5))],
+        [add(3, 1.0, positions=slice(0, None, 2))],
+        [add(3, 1.0, phase="prompt"), add(4, 1.0)],
+        [add(3, 1.0, positions=[1, 4])],
+    ],
+)
+def test_other_edits_make_a_table_general_until_all_is_cleared(edits):
+    sae, x = make("topk", "none"), inputs(12)
+    table = EditTable(sae, rows=3, slots=4)
+    table.write(1, [add(7, 2.0)])
+    assert table.constant
+    table.write(2, edits, prompt_length=4)
+    assert not table.constant
+    rows, positions = torch.arange(12) % 3, torch.arange(12) // 2
+    out = table.apply(x, rows, positions)
+    torch.testing.assert_close(out, edit(x, sae, table.plan(rows, positions)))
+    table.clear(2)
+    table.write(2, [add(8, 1.0)])
+    assert not table.constant  # rows from before have no vector
+    table.clear_all()
+    assert table.constant and torch.equal(table.apply(x, rows, positions), x)
+    table.write(1, [add(9, -1.0)])
+    expected = edit(x, sae, table.plan(rows, positions))
+    torch.testing.assert_close(table.apply(x, rows, positions), expected)
+
+
 # -- tokens without edits ------------------------------------------------------------------------
 
 

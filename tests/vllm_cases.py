@@ -37,6 +37,23 @@ MIXED: list[list[dict]] = [
     ],
     [spec(RESID, 12, "add", 9.0, phase="generated")],
 ]
+# What every engine is asked, and must answer alike; each changes what its prompt becomes.
+AGREED: dict[str, dict[str, Any]] = {
+    "add": dict(edits=[FOOD]),
+    "clamp, generated": dict(edits=[spec(RESID, 12, "clamp", 9.0, phase="generated")]),
+    "scale, prompt": dict(edits=[spec(EARLY, 172, "scale", 3.0, phase="prompt")]),
+    "ablate": dict(edits=[spec(RESID, 31, "ablate")]),
+    "splice": dict(edits=[FOOD], splice=[RESID]),
+    "when": dict(edits=[spec(RESID, 71, "add", 9.0, when=277, above=0.5)]),
+    "several SAEs": dict(
+        edits=[
+            spec(EARLY, 9, "clamp", 8.0),
+            spec(MLP, 5, "add", 6.0, phase="generated"),
+            spec(RESID, 71, "add", 4.0),
+            spec(RESID, 71, "scale", 2.0),
+        ]
+    ),
+}
 TEXTS = [
     "Once upon a time, there was a little girl named Lily. She liked to play in the park with her "
     "friends and her big brown dog, and she was very happy. One day, she",
@@ -56,9 +73,15 @@ class Reference:
         self.model, self.saes = model, saes
 
     def __call__(
-        self, prompt: Sequence[int], edits: Sequence[dict], tokens: int, splice: Sequence[str] = ()
+        self,
+        prompt: Sequence[int],
+        edits: Sequence[dict],
+        tokens: int,
+        splice: Sequence[str] = (),
+        **options: Any,
     ) -> tuple[list[int], dict[str, Tensor]]:
-        """The greedy continuation, and dense codes [tokens, num_latents] by hookpoint."""
+        """The greedy continuation, and dense codes [tokens, num_latents] by hookpoint; `options`
+        are for `generate`."""
         ids = torch.tensor([prompt])
         made = [EditSpec.from_dict(one) for one in edits]
         with attach(
@@ -75,10 +98,22 @@ class Reference:
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
-                suppress_tokens=[],  # which vLLM does not know of
+                **options,
             )
             codes = {name: attachment.codes[name].to_dense()[0] for name in self.saes}
         return output[0, len(prompt) :].tolist(), codes
+
+
+def agreed(prompts: Sequence[Sequence[int]], reference: Reference, tokens: int) -> list[Any]:
+    """Every case of `AGREED` with a prompt of its own: (prompt, wish, what `attach` answers)."""
+    return [
+        (
+            prompts[i % len(prompts)],
+            wish,
+            reference(prompts[i % len(prompts)], wish["edits"], tokens, wish.get("splice", ()))[0],
+        )
+        for i, wish in enumerate(AGREED.values())
+    ]
 
 
 def dense(found: Sequence[Any], num_latents: int) -> Tensor:

@@ -33,11 +33,23 @@ class CodeStore:
         self._chunks: OrderedDict[str, dict[str, list[Chunk]]] = OrderedDict()
 
     def add(self, key: str, name: str, chunk: Chunk) -> None:
-        """Keep the codes of some tokens."""
+        """Keep the codes of some tokens: a copy, since slices would keep all of their pass."""
+        code = chunk.code
+        own = SparseCode(code.indices.clone(), code.values.clone(), code.num_latents)
+        chunk = Chunk(chunk.positions.clone(), own)
         self._chunks.setdefault(key, {}).setdefault(name, []).append(chunk)
         self.tokens += len(chunk.positions)
         while self.tokens > self.limit and len(self._chunks) > 1:
             self._forget(next(iter(self._chunks)))
+
+    def add_all(
+        self, name: str, positions: Tensor, code: SparseCode, spans: Iterable[tuple[str, int, int]]
+    ) -> None:
+        """Keep the code of a pass; `spans` say whose tokens are where: (key, first, last)."""
+        for key, first, last in spans:
+            some = slice(first, last)  # much cheaper than code[some]
+            mine = SparseCode(code.indices[some], code.values[some], code.num_latents)
+            self.add(key, name, Chunk(positions[some], mine))
 
     def take(self, key: str) -> dict[str, bytes]:
         """All codes of one request, by hookpoint, packed; they are kept no longer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,6 +55,10 @@ class Batch:
     edited: bool
     spliced: bool
     kept: tuple[tuple[str, int, int], ...] = ()
+
+    def later(self, positions: Tensor) -> Batch:
+        """The same requests in another pass of as many tokens, at `positions` int64 [T]."""
+        return replace(self, positions=positions.index_select(0, self.tokens).long())
 
 
 def batch_of(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saert.engines.codes import Chunk, CodeStore
+from saert.engines.codes import CodeStore
 from saert.engines.directive import Directive
 from saert.engines.rows import Batch
 from saert.hookpoint import Location
@@ -134,21 +134,22 @@ class Tap:
             flat.index_add_(0, batch.tokens, new - stream)
 
     def _edited(self, stream: Tensor, source: Tensor | None, batch: Batch) -> Tensor | None:
-        x = stream if source is None else source
-        usable = (x.abs().amax(-1, keepdim=True) < HUGE) & (
-            stream.abs().amax(-1, keepdim=True) < HUGE
-        )
-        x = x.where(usable, 0)
-        keeps = bool(batch.kept) and self.store is not None
+        keeps = self.store is not None and bool(batch.kept)
+        if batch.edited and self.table.constant and not (keeps or batch.spliced):
+            # what is not finite stays so
+            return self.table.apply(stream, batch.rows, batch.positions)
+        usable = stream.abs().amax(-1, keepdim=True) < HUGE
+        if source is not None:
+            usable = usable & (source.abs().amax(-1, keepdim=True) < HUGE)
+            source = source.where(usable, 0)
+        y = stream.where(usable, 0)
         code = None
         if keeps or batch.spliced:
-            code = self.sae.encode(x)
+            code = self.sae.encode(y if source is None else source)
         if keeps and code is not None:
             self._keep(batch, code, usable)
         if not (batch.edited or batch.spliced):
             return None
-        y = stream.where(usable, 0)
-        source = None if source is None else x
         new = y
         if batch.edited:
             new = self.table.apply(y, batch.rows, batch.positions, source=source, code=code)
@@ -161,11 +162,9 @@ class Tap:
 
     def _keep(self, batch: Batch, code: SparseCode, usable: Tensor) -> None:
         assert self.store is not None
-        values = code.values * usable  # a token that cannot be read has an empty code
+        values = code.values.where(usable, torch.nan)  # a token that cannot be read
         kept = SparseCode(code.indices, values, code.num_latents).to("cpu")
-        positions = batch.positions.to("cpu")
-        for key, first, last in batch.kept:
-            self.store.add(key, self.name, Chunk(positions[first:last], kept[first:last]))
+        self.store.add_all(self.name, batch.positions.to("cpu"), kept, batch.kept)
 
 
 class StreamHook:

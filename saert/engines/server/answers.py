@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ class Answer:
             "latent": monitor.latent,
             "label": self.shelf.label(monitor.sae, monitor.latent),
             "threshold": monitor.threshold,
-            "activation": alarm.activation,
+            "activation": None if math.isnan(alarm.activation) else alarm.activation,
             **self._token_at(alarm.position),
         }
 

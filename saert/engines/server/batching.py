@@ -100,6 +100,10 @@ class Batching:
                 f"the prompt has {read} tokens and {asked} more were asked for; the model holds "
                 f"{self.context}"
             )
+        if max(job.prompt) >= self._passes.vocabulary:  # on a GPU it would end everybody's answers
+            raise ValueError(
+                f"the prompt has token {max(job.prompt)}; the model has {self._passes.vocabulary}"
+            )
         name = job.directive.key or uuid.uuid4().hex
         with self._changed:
             if self._closing:

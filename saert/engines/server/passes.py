@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from saert.engines.directive import Attached, Directive
-from saert.engines.rows import batch_of
+from saert.engines.rows import Batch, batch_of
 from saert.engines.server.monitors import PassCodes
 from saert.engines.server.padded import Padded, check
 from saert.engines.taps import Tap
@@ -31,7 +32,7 @@ class Passes:
 
     Attributes:
         codes: of the latest pass, by request and hookpoint.
-        context: how many tokens the model holds.
+        context: how many tokens the model holds; vocabulary: how many it knows.
         count: passes so far.
 
     Raises ValueError: an SAE that does not fit, a hookpoint or a model that cannot be served.
@@ -46,10 +47,13 @@ class Passes:
         self._places = "position_ids" in takes
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.context = int(limit) if limit else 2**31
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         generation = getattr(model, "generation_config", None)
         never = getattr(generation, "suppress_tokens", None) or []
         self._never = torch.tensor(never, dtype=torch.int64, device=self.device)
         self._taps: dict[str, Tap] = {}
+        self._told: tuple[list[Directive | None], tuple[list[int], list[int]]] = [], ([], [])
+        self._batches: dict[str, Batch | None] = {}
         try:
             for name, sae in saes.items():
                 self._taps[name] = self._tap(name, sae, rows, attached[name].slots)
@@ -126,8 +130,7 @@ class Passes:
         mask: Tensor,
         cache: Any,
     ) -> tuple[Tensor, Any]:
-        for name, tap in self._taps.items():
-            tap.batch = batch_of(name, directives, rows, starts, positions)
+        self._tell(directives, rows, starts, positions)
         places = {"position_ids": positions.view(ids.shape)} if self._places else {}
         try:
             out = self._model(
@@ -145,6 +148,25 @@ class Passes:
         self.count += 1
         logits = out.logits[:, -1].index_fill(-1, self._never, -torch.inf)
         return logits, getattr(out, "past_key_values", None)
+
+    def _tell(
+        self,
+        directives: Sequence[Directive | None],
+        rows: Sequence[int],
+        starts: Sequence[int],
+        positions: Tensor,
+    ) -> None:
+        """Tell every tap which tokens are whose: worked out anew only when the requests change."""
+        asked, shape = list(directives), (list(rows), list(starts))
+        same = shape == self._told[1] and len(asked) == len(self._told[0])
+        if same and all(map(operator.is_, asked, self._told[0])):
+            for name, batch in self._batches.items():
+                self._batches[name] = None if batch is None else batch.later(positions)
+        else:
+            self._batches = {n: batch_of(n, asked, rows, starts, positions) for n in self._taps}
+            self._told = asked, shape
+        for name, tap in self._taps.items():
+            tap.batch = self._batches[name]
 
     @torch.inference_mode()
     def _rehearse(self) -> None:

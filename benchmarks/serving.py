@@ -1,24 +1,25 @@
-"""What serving costs: tokens per second of the engine bare, observed and edited, by streams.
+"""What serving costs: tokens per second bare, added, observed and edited, by engine and streams.
 
     python benchmarks/serving.py --save
-    python benchmarks/serving.py --streams 64 --minutes 10        # does memory grow?
+    python benchmarks/serving.py --engine vllm          # with the Python of vLLM's environment
+    python benchmarks/serving.py --minutes 10 --streams 64 --save      # does memory grow?
 
-Each variant keeps so many jobs under way at `Batching`, the engine of `saert serve`: as one ends,
-the next begins, with other edits. Bare: no SAE is asked anything. Added: one `add` each. Observed:
-every token's code is read. Edited: an add, a clamp and an ablation each, their latents and amounts
-all different. Rounds are interleaved; ratios are to the bare run of the same round. With --minutes
-the mixed load runs that long, a tenth of its jobs cancelled midway, and the process's memory is
-noted before and after.
+Engines: `generate` is `attach` and `model.generate`, `compiled` is `attach(…, compiled=True)` and a
+static cache, `serve` the engine of `saert serve`, `vllm` saert's `Engine` on vLLM. Streams are the
+rows of a batch, or clients that each have one request under way. Bare: no SAE is asked anything.
+Added: one `add` (in `serve` and `vllm` each request has its own). Observed: the code of every token
+is read. Edited: an add, a clamp and an ablation. All of it greedy, prompts of 16 tokens, answers of
+64. Rounds are interleaved; costs are to the bare run of the same round. With --minutes a mixed load
+runs that long on `serve`, a tenth of its requests cancelled midway, and the process's memory is
+noted over it.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from datetime import date
@@ -28,202 +29,206 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from _serving_load import AT, GENERATED, PROMPT, VARIANTS, Clients, endure, job
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from saert.engines.directive import Attached, Directive
+from saert.edits import ablate, add, clamp
+from saert.engines.directive import Attached
 from saert.engines.server.batching import Batching
-from saert.engines.server.engine import End, Job, Sampling, Step
 from saert.hub import bundled
-from saert.measure.steering.spec import EditSpec
+from saert.runtime import attach
+from saert.twin import twin
 
 RESULTS = Path(__file__).parent / "results"
-AT, PROMPT, GENERATED = bundled.DEMO.hookpoint, 16, 64
-VARIANTS = ("bare", "added", "observed", "edited")
+EDITS: dict[str, list[Any]] = {
+    "added": [add(7, 4.0, sae=AT)],
+    "observed": [],
+    "edited": [
+        add(7, 4.0, sae=AT),
+        clamp(71, 3.0, sae=AT, phase="generated"),
+        ablate(5, sae=AT),
+    ],
+}
+Rate = Callable[[int, str], float]
+"""Tokens per second of so many streams of a variant."""
 
 
 def main(
+    engine: Annotated[
+        list[str] | None, typer.Option(help="generate, compiled, serve or vllm; may be repeated.")
+    ] = None,
     streams: Annotated[list[int] | None, typer.Option(help="May be repeated.")] = None,
-    seconds: Annotated[float, typer.Option(help="Of each variant in each round.")] = 5.0,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
     minutes: Annotated[float, typer.Option(help="Of the mixed load; 0: none.")] = 0.0,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
     save: Annotated[bool, typer.Option("--save", help="Write results/serving-….json.")] = False,
 ) -> None:
     """Measure tokens per second, or with --minutes memory."""
     torch.set_num_threads(threads)
-    counts = streams or [1, 8, 32, 64]
-    sae = bundled.sae(AT)
-    attached = {AT: Attached(f"bundled:{AT}", sae.num_latents, 16)}
-    engine = Batching(bundled.model(), {AT: sae}, attached, streams=max(counts))
-    try:
-        if minutes:
-            report: dict[str, Any] = {"memory": endure(engine, max(counts), 60 * minutes)}
-        else:
-            report = {"throughput": throughput(engine, counts, seconds, rounds)}
-    finally:
-        engine.close()
-    report |= {
+    counts = streams or [1, 8, 32]
+    report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+    if minutes:
+        batching = _batching(max(counts))
+        try:
+            report["memory"] = endure(batching, max(counts), 60 * minutes)
+        finally:
+            batching.close()
+    else:
+        names = engine or ["generate", "compiled", "serve"]
+        report["rounds"] = rounds
+        report["throughput"] = {name: throughput(ENGINES[name], counts, rounds) for name in names}
     show(report)
     if save:
         RESULTS.mkdir(exist_ok=True)
-        name = "serving-memory" if minutes else "serving"
+        name = "serving-memory" if minutes else "-".join(["serving", *(engine or [])])
         file = RESULTS / f"{name}-{report['date']}-cpu-{threads}.json"
         file.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def job(variant: str, r: random.Random, latents: int) -> Job:
-    """A job of a variant, with a prompt and edits of its own."""
-    edits: tuple[EditSpec, ...] = ()
-    if variant in ("added", "edited"):
-        edits = (EditSpec(AT, r.randrange(latents), "add", r.uniform(1, 8)),)
-    if variant == "edited":
-        edits += (
-            EditSpec(AT, r.randrange(latents), "clamp", r.uniform(0, 8), "generated"),
-            EditSpec(AT, r.randrange(latents), "ablate"),
-        )
-    codes = (AT,) if variant == "observed" else ()
-    prompt = tuple(r.randrange(3, 1000) for _ in range(PROMPT))
-    directive = Directive(edits, codes=codes, key=f"{r.random()}")
-    return Job(prompt, Sampling(GENERATED, 0.0), directive)
-
-
-class Clients:
-    """So many clients of an engine, each asking anew as soon as it has its answer.
-
-    `give_up` is the part of the answers that their clients leave midway.
-    """
-
-    def __init__(
-        self, engine: Batching, streams: int, make: Callable[[], Job], give_up: float = 0.0
-    ) -> None:
-        self._engine, self._make, self._give_up = engine, make, give_up
-        self._r, self._lock, self._stopped = random.Random(0), threading.Lock(), False
-        self.tokens = self.answers = self.left = 0
-        self._open, self._idle = streams, threading.Event()
-        for _ in range(streams):
-            self._ask()
-
-    def _ask(self) -> None:
-        made = self._make()
-        leaves = self._r.random() < self._give_up
-        at = self._r.randrange(2, GENERATED) if leaves else 0
-        heard = 0
-
-        def sink(item: Step | End) -> None:
-            nonlocal heard
-            if isinstance(item, Step):
-                heard += 1
-                self.tokens += 1
-                if heard == at:
-                    self.left += 1
-                    self._engine.cancel(made.directive.key)
-                return
-            self.answers += 1
-            if not self._stopped:
-                self._ask()
-                return
-            with self._lock:
-                self._open -= 1
-                if not self._open:
-                    self._idle.set()
-
-        self._engine.submit(made, sink)
-
-    def stop(self) -> None:
-        """Ask no more, and wait for the last answer."""
-        self._stopped = True
-        self._idle.wait()
-
-
 def throughput(
-    engine: Batching, counts: list[int], seconds: float, rounds: int
+    start: Callable[[int], tuple[Rate, Callable[[], None]]], counts: list[int], rounds: int
 ) -> list[dict[str, Any]]:
     """Medians over rounds, by streams and variant."""
+    rate, stop = start(max(counts))
     r = random.Random(0)
     rates: dict[tuple[int, str], list[float]] = {}
-    latents = engine.attached[AT].num_latents
-    for _ in range(rounds):
+    try:
         for count in counts:
-            for variant in r.sample(VARIANTS, len(VARIANTS)):
-                clients = Clients(engine, count, lambda v=variant: job(v, r, latents))
-                time.sleep(min(1.0, seconds / 4))  # all prompts are read
-                tokens, begun = clients.tokens, time.perf_counter()
-                time.sleep(seconds)
-                rate = (clients.tokens - tokens) / (time.perf_counter() - begun)
-                clients.stop()
-                rates.setdefault((count, variant), []).append(rate)
-    return [
-        {
-            "streams": count,
-            "variant": variant,
-            "tokens_per_second": statistics.median(found),
-            "cost": statistics.median(
-                bare / rate for bare, rate in zip(rates[count, "bare"], found, strict=True)
-            ),
-        }
-        for (count, variant), found in sorted(
-            rates.items(), key=lambda x: (x[0][0], VARIANTS.index(x[0][1]))
-        )
-    ]
+            for variant in VARIANTS:
+                rate(count, variant)  # compiles, and fills caches
+        for _ in track(range(rounds), "rounds"):
+            for count in counts:
+                for variant in r.sample(VARIANTS, len(VARIANTS)):
+                    rates.setdefault((count, variant), []).append(rate(count, variant))
+    finally:
+        stop()
+    rows = []
+    for count in counts:
+        for variant in VARIANTS:
+            pairs = zip(rates[count, "bare"], rates[count, variant], strict=True)
+            costs = sorted(bare / found for bare, found in pairs)
+            rows.append(
+                {
+                    "streams": count,
+                    "variant": variant,
+                    "tokens_per_second": statistics.median(rates[count, variant]),
+                    "cost": statistics.median(costs),
+                    "cost_low": costs[0],
+                    "cost_high": costs[-1],
+                }
+            )
+    return rows
 
 
-def endure(engine: Batching, streams: int, seconds: float) -> dict[str, Any]:
-    """Mixed load for some time: resident memory over it, in MB."""
-    r = random.Random(0)
-    latents = engine.attached[AT].num_latents
-    clients = Clients(engine, streams, lambda: job(r.choice(VARIANTS), r, latents), give_up=0.1)
-    begun, samples = time.perf_counter(), list[tuple[float, float]]()
-    while (now := time.perf_counter() - begun) < seconds:
-        samples.append((round(now, 1), resident()))
-        time.sleep(seconds / 60)
-    clients.stop()
-    while any(vars(engine.load()).values()):
-        time.sleep(0.01)
-    gc.collect()
-    warm = [memory for at, memory in samples if at >= seconds / 4]
-    half = len(warm) // 2
-    return {
-        "seconds": seconds,
-        "streams": streams,
-        "tokens": clients.tokens,
-        "answers": clients.answers,
-        "left_midway": clients.left,
-        "after": vars(engine.load()),
-        "median_2nd_quarter_mb": statistics.median(warm[:half]),
-        "median_last_mb": statistics.median(warm[half:]),
-        "largest_mb": max(memory for _, memory in samples),
-        "samples": samples,
+# -- the engines: how many streams at most -> how to measure, and what to do at the end ------------
+
+
+def _generate(most: int, compiled: bool = False) -> tuple[Rate, Callable[[], None]]:
+    base, sae = bundled.model(), bundled.sae(AT)
+    models = {variant: twin(base) for variant in VARIANTS}
+    for variant, edits in EDITS.items():
+        record = "last" if variant == "observed" else False
+        attach(models[variant], sae, list(edits), record=record, compiled=compiled)
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": GENERATED,
+        "min_new_tokens": GENERATED,
+        "max_length": None,
+        "pad_token_id": 0,
     }
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # a graph for each variant and batch
+        how = transformers.CompileConfig(backend="inductor", mode="default", fullgraph=True)
+        how._compile_all_devices = True
+        options |= {"cache_implementation": "static", "compile_config": how}
+    prompts = torch.randint(3, 1000, (most, PROMPT), generator=torch.Generator().manual_seed(0))
+
+    def rate(count: int, variant: str) -> float:
+        ids = prompts[:count]
+        begun = time.perf_counter()
+        with torch.no_grad():
+            models[variant].generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return count * GENERATED / (time.perf_counter() - begun)
+
+    return rate, lambda: None
 
 
-def resident() -> float:
-    """This process's resident memory, in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("no VmRSS: --minutes needs Linux")
+def _batching(streams: int) -> Batching:
+    sae = bundled.sae(AT)
+    attached = {AT: Attached(f"bundled:{AT}", sae.num_latents, 16)}
+    return Batching(bundled.model(), {AT: sae}, attached, streams=streams)
+
+
+def _serve(most: int, seconds: float = 2.0) -> tuple[Rate, Callable[[], None]]:
+    engine, r = _batching(most), random.Random(0)
+    latents = engine.attached[AT].num_latents
+
+    def rate(count: int, variant: str) -> float:
+        clients = Clients(engine, count, lambda: job(variant, r, latents))
+        time.sleep(0.3)  # all prompts are read
+        tokens, begun = clients.tokens, time.perf_counter()
+        time.sleep(seconds)
+        found = (clients.tokens - tokens) / (time.perf_counter() - begun)
+        clients.stop()
+        return found
+
+    return rate, engine.close
+
+
+def _vllm(most: int) -> tuple[Rate, Callable[[], None]]:
+    from vllm import SamplingParams
+
+    from saert.engines.vllm import Engine
+
+    engine = Engine.start(
+        str(bundled.MODEL), [f"bundled:{AT}"], dtype="float32", max_num_seqs=most, seed=0,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    params = SamplingParams(max_tokens=GENERATED, temperature=0.0, ignore_eos=True)
+    r = random.Random(0)
+
+    def rate(count: int, variant: str) -> float:
+        jobs = [job(variant, r, engine.attached[AT].num_latents) for _ in range(count)]
+        prompts = [{"prompt_token_ids": list(one.prompt)} for one in jobs]
+        begun = time.perf_counter()
+        engine.generate(
+            prompts,
+            params,
+            edits=[list(one.directive.edits) for one in jobs],
+            codes=[AT] if variant == "observed" else [],
+        )
+        return count * GENERATED / (time.perf_counter() - begun)
+
+    return rate, lambda: None
+
+
+ENGINES = {
+    "generate": _generate,
+    "compiled": lambda most: _generate(most, compiled=True),
+    "serve": _serve,
+    "vllm": _vllm,
+}
 
 
 def show(report: dict[str, Any]) -> None:
-    """As a table, or memory as a line."""
+    """As tables, or memory as a line."""
     console = Console()
     if "memory" in report:
         console.print({k: v for k, v in report["memory"].items() if k != "samples"})
         return
-    table = Table("streams", "variant", "tokens/s", "cost")
-    for row in report["throughput"]:
-        table.add_row(
-            str(row["streams"]),
-            row["variant"],
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['cost']:.2f}x",
-        )
-    console.print(table)
+    for engine, rows in report["throughput"].items():
+        table = Table("streams", "variant", "tokens/s", "cost", title=engine)
+        for row in rows:
+            spread = f"{row['cost']:.2f}x ({row['cost_low']:.2f}–{row['cost_high']:.2f})"
+            rate = f"{row['tokens_per_second']:,.0f}"
+            table.add_row(str(row["streams"]), row["variant"], rate, spread)
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -101,8 +101,12 @@ def open_session(
     hookpoint: str | None = None,
     device: str = "auto",
     strict: bool = True,
+    load: Callable[[str, str], tuple[Any, Any]] | None = None,
 ) -> Session:
-    """The model and SAEs that `--model` and `--sae` name; the bundled ones by default."""
+    """The model and SAEs that `--model` and `--sae` name; the bundled ones by default.
+
+    `load(name, device)` makes the model and tokenizer, in place of `load_model`.
+    """
     ours = model in (None, BUNDLED)
     if ours and not sources:
         sources = [BUNDLED]
@@ -117,23 +121,33 @@ def open_session(
     if nameless:
         raise UserError(f"{nameless[0]} does not say where it reads; add --hookpoint resid_post.6")
     name = model or _model_of(saes)
-    found, tokenizer = load_model(name, device)
+    found, tokenizer = (load or load_model)(name, device)
     return Session(name, found, tokenizer, saes, strict)
 
 
-def load_model(name: str, device: str = "auto") -> tuple[Any, Any]:
-    """A causal language model and its tokenizer: bundled, a local folder, or a Hub id."""
+def load_model(name: str, device: str = "auto", *, blocks: int | None = None) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer: bundled, a local folder, or a Hub id.
+
+    `blocks`: only its first so many, under the configuration of all of them.
+    """
     place = _device(device, small=name == BUNDLED)
     model: Any
     if name == BUNDLED:
         model, tokenizer = bundled.model(), bundled.tokenizer()
         return model.to(place), tokenizer
     _check_local(name, "--model")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with _named(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name)
+        if blocks is None:
+            model = AutoModelForCausalLM.from_pretrained(name)
+        else:
+            config = AutoConfig.from_pretrained(name)
+            text = config.get_text_config()
+            all_of_them, text.num_hidden_layers = text.num_hidden_layers, blocks
+            model = AutoModelForCausalLM.from_pretrained(name, config=config)
+            model.config.get_text_config().num_hidden_layers = all_of_them
     return model.eval().to(place), tokenizer
 
 

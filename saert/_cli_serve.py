@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from enum import StrEnum
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,13 +16,39 @@ from saert._cli_io import user_errors
 from saert._cli_options import At, Device, Model, Sae, Strict
 from saert.hub.session import Session, UserError, open_session
 
+VLLM_FLAGS = {  # engine arguments of vLLM that are options here
+    "model": "--model",
+    "max_num_seqs": "--streams",
+    "tensor_parallel_size": "--tensor-parallel",
+    "enforce_eager": "--eager",
+}
 LIBRARIES = ("fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic")
+
+
+class EngineName(StrEnum):
+    transformers = "transformers"
+    vllm = "vllm"
 
 
 def serve_command(
     model: Model = None,
     sae: Sae = None,
     hookpoint: At = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="What runs the model. vllm: see docs/serving.md.")
+    ] = EngineName.transformers,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="vllm: GPUs (or, on a CPU, processes) that share the model.")
+    ] = 1,
+    eager: Annotated[bool, typer.Option("--eager", help="vllm: compile nothing.")] = False,
+    engine_args: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help='vllm: more of its engine arguments: \'{"dtype": "bfloat16", "max_model_len": '
+            "8192}'.",
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Who may come: 0.0.0.0 lets other machines in; they need a key.")
     ] = "127.0.0.1",
@@ -80,7 +110,17 @@ def serve_command(
             raise UserError(
                 f"--host {host} lets other machines in: set SAERT_API_KEY, or say --no-key"
             )
-        session = _session(model, sae or [], hookpoint, device, strict)
+        start = run.on_transformers
+        if engine is EngineName.vllm:
+            options = _vllm_options(engine_args, tensor_parallel, eager, device)
+            from saert.engines.server.vllm_start import engine_of, session_of
+
+            session = session_of(*_named(model, sae), hookpoint=hookpoint, strict=strict)
+            start = partial(engine_of, options=options)
+        elif tensor_parallel > 1 or eager or engine_args is not None:
+            raise UserError("--tensor-parallel, --eager and --engine-args are for --engine vllm")
+        else:
+            session = _session(*_named(model, sae), hookpoint, device, strict)
         template = None if chat_template is None else chat_template.read_text("utf-8")
         service = run.service_of(
             session,
@@ -97,21 +137,48 @@ def serve_command(
             template=template,
             indices={} if features is None else _indices(features, session),
             log_text=log_prompts,
+            start=start,
         )
         typer.echo(f"http://{host}:{port}/v1 serves {service.name}", err=True)
         run.serve(service, key, host, port, logging.DEBUG if verbose else logging.INFO)
 
 
-def _session(
-    model: str | None, saes: list[str], hookpoint: str | None, device: str, strict: bool
-) -> Session:
+def _named(model: str | None, saes: list[str] | None) -> tuple[str | None, list[str]]:
     from saert.hub import bundled
 
     if model in (None, bundled.NAME) and not saes:
         saes = [f"{bundled.NAME}:{path}" for path in bundled.HOOKPOINTS]
+    return model, saes or []
+
+
+def _session(
+    model: str | None, saes: list[str], hookpoint: str | None, device: str, strict: bool
+) -> Session:
     session = open_session(model, saes, hookpoint=hookpoint, device=device, strict=strict)
     with session.attach(record=False):  # an SAE that was made for another model fails here
         return session
+
+
+def _vllm_options(
+    given: str | None, tensor_parallel: int, eager: bool, device: str
+) -> dict[str, Any]:
+    if find_spec("vllm") is None:
+        raise UserError(
+            "--engine vllm: vLLM is not installed here; in an environment of its own, "
+            "pip install 'saert[serve,vllm]' (for a CPU: make setup-vllm)"
+        )
+    if device != "auto":
+        raise UserError(f"--device {device}: vLLM takes the devices that it was built for")
+    try:
+        more = json.loads(given or "{}")
+    except json.JSONDecodeError as error:
+        raise UserError(f"--engine-args: not JSON ({error})") from None
+    if not isinstance(more, dict):
+        raise UserError(f"--engine-args: found {type(more).__name__}, expected a JSON object")
+    if taken := VLLM_FLAGS.keys() & more:
+        key = min(taken)
+        raise UserError(f"--engine-args: {key}: use {VLLM_FLAGS[key]} instead")
+    return {"tensor_parallel_size": tensor_parallel, "enforce_eager": eager} | more
 
 
 def _indices(folder: Path, session: Session) -> dict[str, Any]:

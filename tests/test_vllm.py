@@ -2,7 +2,7 @@
 
 `make setup-vllm` makes an environment with vLLM for CPU; SAERT_VLLM_PYTHON names its python, and
 without one these tests skip. An engine takes a minute or more to start, so each test is one engine
-with many steps.
+with many steps, and two of them run at a time.
 """
 
 import json
@@ -17,7 +17,19 @@ import pytest
 import torch
 import vllm_run
 from tiny_models import build
-from vllm_cases import BUNDLED, EARLY, FOOD, MIXED, MLP, RESID, TEXTS, Reference, dense, spec
+from vllm_cases import (
+    BUNDLED,
+    EARLY,
+    FOOD,
+    MIXED,
+    MLP,
+    RESID,
+    TEXTS,
+    Reference,
+    agreed,
+    dense,
+    spec,
+)
 
 from saert.activations import JumpReLU
 from saert.engines.vllm.support import RUNNER
@@ -25,7 +37,7 @@ from saert.hub import bundled
 from saert.hub.format import save
 from saert.sae import SAE
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 PYTHON = os.environ.get("SAERT_VLLM_PYTHON", ".venv-vllm/bin/python")
 ROOT = Path(__file__).parents[1]
@@ -74,46 +86,59 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(python: str, cache: Path, installed: Path, tmp_path: Path) -> Run:
-    """Start an engine in the other environment, and let it take its steps."""
+def execute(python: str, cache: Path, installed: Path, tmp_path: Path) -> Run:
+    """Let the other environment do some jobs in one process; what each of them answers."""
 
-    def run(
-        steps: list[Any],
-        *,
-        model: Any = bundled.MODEL,
-        saes: Any = BUNDLED,
-        plugin: bool = False,
-        runner: str | None = None,
-        **options: Any,
-    ) -> Any:
-        job = dict(model=str(model), saes=saes, options=options, steps=steps)
-        asked, answered = tmp_path / "job.json", tmp_path / "answer.json"
-        asked.write_text(json.dumps(job))
+    def execute(jobs: list[Any], *, plugin: bool, **changes: str) -> Any:
+        asked, answered = tmp_path / "jobs.json", tmp_path / "answers.json"
+        asked.write_text(json.dumps(jobs))
         environment = os.environ | dict(
             PYTHONPATH=os.pathsep.join(map(str, [*([installed] if plugin else []), ROOT])),
             HF_HUB_OFFLINE="1",
+            VLLM_PLUGINS="saert" if plugin else "none",
             VLLM_CPU_KVCACHE_SPACE="1",
+            VLLM_CPU_OMP_THREADS_BIND="nobind",  # others test on these cores too
             VLLM_CACHE_ROOT=str(cache),
             VLLM_LOGGING_LEVEL="WARNING",
             VLLM_NO_USAGE_STATS="1",
             OMP_NUM_THREADS="1",
         )
         environment.pop(RUNNER, None)
-        if runner is not None:
-            environment[RUNNER] = runner
-        if options.get("tensor_parallel_size", 1) > 1:
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
         done = subprocess.run(
             [PYTHON, vllm_run.__file__, asked, answered],
-            env=environment,
+            env=environment | changes,
             capture_output=True,
             text=True,
             timeout=900,
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
-        answer = json.loads(answered.read_text())
-        assert steps == [] or "steps" in answer, done.stdout[-6000:] + done.stderr[-3000:]
-        return answer
+        answers = json.loads(answered.read_text())
+        for job, answer in zip(jobs, answers, strict=True):
+            assert not job["steps"] or "steps" in answer, (answer, done.stderr[-6000:])
+        return answers
+
+    return execute
+
+
+def job(
+    steps: list[Any],
+    *,
+    model: Any = bundled.MODEL,
+    saes: Any = BUNDLED,
+    environment: Any = (),
+    version: str = "",
+    **options: Any,
+) -> dict[str, Any]:
+    facts = dict(model=str(model), saes=saes, options=options, steps=steps)
+    return facts | dict(environment=dict(environment), version=version)
+
+
+@pytest.fixture
+def run(execute: Run) -> Run:
+    """Start an engine, and let it take its steps."""
+
+    def run(steps: list[Any], *, plugin: bool = False, **wishes: Any) -> Any:
+        return execute([job(steps, **wishes)], plugin=plugin)[0]["steps"]
 
     return run
 
@@ -133,6 +158,26 @@ def generated(prompts: list[list[int]], edits: Any = (), **wishes: Any) -> list[
     return ["generate", dict(prompts=prompts, tokens=TOKENS, edits=edits, **wishes)]
 
 
+def raw(prompts: list[list[int]], saert: Any) -> list[Any]:
+    """A step without `Engine`, the same wish for all."""
+    return ["raw", dict(prompts=prompts, tokens=TOKENS, saert=[saert] * len(prompts))]
+
+
+def all_agreed(cases: list[Any]) -> list[Any]:
+    """A step that asks for all of them in one batch."""
+    prompts, wishes, _ = zip(*cases, strict=True)
+    return ["raw", dict(prompts=prompts, tokens=TOKENS, saert=wishes)]
+
+
+def flowing(prompts: list[list[int]]) -> list[Any]:
+    """A step in which requests join and one leaves while others run."""
+    requests = [
+        dict(prompt=prompts[0], edits=e, tokens=TOKENS, joins=3 * i) for i, e in enumerate(MIXED)
+    ]
+    requests.append(dict(prompt=prompts[3], edits=[FOOD], tokens=60, joins=1, leaves=9))
+    return ["stream", dict(requests=requests)]
+
+
 def tokens(results: list[dict[str, Any]]) -> list[list[int]]:
     return [one["tokens"] for one in results]
 
@@ -147,10 +192,10 @@ def test_an_eager_engine(run: Run, prompts: list[list[int]], reference: Referenc
     onward = [ids + one[0] + [15] for ids, one in zip(prompts, mixed, strict=True)]
     turns = [reference(i, e, TOKENS)[0] for i, e in zip(onward, MIXED, strict=True)]
     solo = [reference(prompts[0], e, TOKENS)[0] for e in MIXED]
-    flow = [
-        dict(prompt=prompts[0], edits=e, tokens=TOKENS, joins=3 * i) for i, e in enumerate(MIXED)
-    ]
-    flow.append(dict(prompt=prompts[3], edits=[FOOD], tokens=60, joins=1, leaves=9))
+    cases = agreed(prompts, reference, TOKENS)
+    bias = [[plain[0][0][0], -100.0]]
+    same_bias = [[[token], amount] for token, amount in bias]
+    biased = [reference(ids, [], TOKENS, sequence_bias=same_bias) for ids in prompts]
     bad = [
         [spec("resid_post.3", 1)],
         [spec(RESID, 10**6)],
@@ -168,19 +213,18 @@ def test_an_eager_engine(run: Run, prompts: list[list[int]], reference: Referenc
         generated(prompts, MIXED),
         generated(onward, MIXED),  # what was generated, and cached so, is prompt now
         generated(prompts),
-        ["raw", dict(prompts=prompts, tokens=TOKENS, saert=[FOOD])],
-        ["raw", dict(prompts=prompts, tokens=TOKENS, saert=json.dumps([FOOD]))],
+        raw(prompts, [FOOD]),
+        raw(prompts, json.dumps([FOOD])),
+        all_agreed(cases),
         generated(prompts),
+        generated(prompts, bias=bias),
         generated(prompts, [FOOD], splice=[RESID]),
         ["for_all", dict(edits=[FOOD])],
         generated(prompts),
         ["for_all", dict()],
         generated(prompts),
-        ["stream", dict(requests=flow)],
-        *(
-            ["fails", dict(step=["raw", dict(prompts=prompts[:1], tokens=2, saert=one)])]
-            for one in bad
-        ),
+        flowing(prompts),
+        *(["fails", dict(step=raw(prompts[:1], one))] for one in bad),
         ["fails", dict(step=["attach", dict(saes=[f"bundled:{RESID}"])])],
         ["fails", dict(step=["attach", dict(saes={"resid_mid.1": f"bundled:{RESID}"})])],
         ["fails", dict(step=["attach", dict(saes={"mlp_act.1": f"bundled:{RESID}"})])],
@@ -191,7 +235,7 @@ def test_an_eager_engine(run: Run, prompts: list[list[int]], reference: Referenc
         ["attach", dict(saes={RESID: f"bundled:{RESID}"})],
         generated(prompts, [FOOD]),
     ]
-    answers = iter(run(steps, saes=[], **NATIVE, **EAGER)["steps"])
+    answers = iter(run(steps, saes=[], **NATIVE, **EAGER))
     kind, message = next(answers)
     assert kind == "ValueError" and "no SAE" in message and "attached: none" in message
     assert next(answers) == sorted(names)
@@ -209,7 +253,9 @@ def test_an_eager_engine(run: Run, prompts: list[list[int]], reference: Referenc
     assert any(one["cached"] for one in cached)
     assert next(answers) == [one[0] for one in food]  # unsalted by its user
     assert next(answers) == [one[0] for one in food]
+    assert next(answers) == [expected for _, _, expected in cases]
     assert tokens(next(answers)) == [one[0] for one in plain]
+    assert tokens(next(answers)) == [one[0] for one in biased] != [one[0] for one in plain]
     assert tokens(next(answers)) == [one[0] for one in spliced]
     assert next(answers) is None
     assert tokens(next(answers)) == [one[0] for one in food]
@@ -240,45 +286,56 @@ def check_codes(found: list[dict[str, Any]], expected: list[dict[str, torch.Tens
             torch.testing.assert_close(ours, code, rtol=1e-3, atol=1e-3)
 
 
-def test_a_graph_compiled_without_saes(run: Run, prompts: list, reference: Reference) -> None:
-    """It stays in the cache that the next engines compile into, and must not serve them."""
+def test_compiled_engines(run: Run, prompts: list[list[int]], reference: Reference) -> None:
+    """One after the other, with one compile cache: a graph that knows of no SAE must not serve
+    the next engine; the last finds the graph of the one before."""
     plain = [reference(ids, [], TOKENS)[0] for ids in prompts]
-    assert tokens(run([generated(prompts)], saes=[], **NATIVE)["steps"][0]) == plain
+    assert tokens(run([generated(prompts)], saes=[], **NATIVE)[0]) == plain
+    for _ in range(2):
+        check_engine(run, prompts, reference, NATIVE)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(NATIVE, id="native"),
-        pytest.param(NATIVE, id="native-from-the-compile-cache"),
-        pytest.param(NATIVE | TWO, id="two"),
-        pytest.param(NATIVE | EAGER | TWO, id="eager-two"),
-    ],
-)
-def test_engines(
+@pytest.mark.parametrize("options", [NATIVE | TWO, NATIVE | EAGER | TWO], ids=["two", "eager-two"])
+def test_two_processes(
     run: Run, prompts: list[list[int]], reference: Reference, options: dict[str, Any]
 ) -> None:
+    check_engine(run, prompts, reference, options)
+
+
+def check_engine(
+    run: Run, prompts: list[list[int]], reference: Reference, options: dict[str, Any]
+) -> None:
+    """Batches of everything that requests may ask for, again from a warm prefix cache, requests
+    that join and leave."""
     plain = [reference(ids, [], TOKENS)[0] for ids in prompts]
     mixed = [reference(i, e, TOKENS) for i, e in zip(prompts, MIXED, strict=True)]
-    spliced = [reference(ids, [FOOD], TOKENS, splice=[RESID])[0] for ids in prompts]
+    cases = agreed(prompts, reference, TOKENS)
+    solo = [reference(prompts[0], e, TOKENS)[0] for e in MIXED]
     steps = [
         generated(prompts),
         generated(prompts, MIXED, codes=[RESID, EARLY, MLP]),
         generated(prompts, MIXED),
+        generated(prompts, MIXED),  # a warm prefix cache
         generated(prompts),
-        generated(prompts, [FOOD], splice=[RESID]),
+        all_agreed(cases),
+        flowing(prompts),
     ]
     if "enforce_eager" not in options:
         steps.append(["fails", dict(step=["attach", dict(saes=["bundled:resid_post.3"])])])
         steps.append(["fails", dict(step=["detach", dict(names=[RESID])])])
-    answers: Iterator[Any] = iter(run(steps, **options)["steps"])
+    answers: Iterator[Any] = iter(run(steps, **options))
     assert tokens(next(answers)) == plain
     found = next(answers)
     assert tokens(found) == [one[0] for one in mixed]
     check_codes(found, [one[1] for one in mixed])
     assert tokens(next(answers)) == [one[0] for one in mixed]
-    assert tokens(next(answers)) == plain
-    assert tokens(next(answers)) == spliced
+    cached = next(answers)
+    assert tokens(cached) == [one[0] for one in mixed] and any(one["cached"] for one in cached)
+    cached = next(answers)
+    assert tokens(cached) == plain and any(one["cached"] for one in cached)
+    assert next(answers) == [expected for _, _, expected in cases]
+    flowed = next(answers)
+    assert [flowed[str(i)] for i in range(len(MIXED))] == solo
     for kind, message in answers:
         assert kind == "Unsupported" and "compiled its model" in message
 
@@ -331,7 +388,7 @@ def test_llama(run: Run, llama: tuple[Path, Reference], options: dict[str, Any])
         saes=[str(folder / "sae")],
         skip_tokenizer_init=True,
         **options,
-    )["steps"]
+    )
     assert tokens(done[0]) == plain
     assert tokens(done[1]) == [one[0] for one in mixed]
     check_codes(done[1], [one[1] for one in mixed])
@@ -346,7 +403,7 @@ def test_a_worker_of_ones_own_with_the_extension(
     wishes = dict(prompts=prompts, tokens=40, edits=MIXED, codes=[RESID, EARLY, MLP])
     steps = [["attach", dict(saes=BUNDLED)], ["generate", wishes]]
     few = NATIVE | EAGER | dict(num_gpu_blocks_override=7)
-    found = run(steps, saes=[], how="extension", plugin=True, **few)["steps"][1]
+    found = run(steps, saes=[], how="extension", plugin=True, **few)[1]
     assert tokens(found) == [one[0] for one in mixed]
     check_codes(found, [one[1] for one in mixed])
 
@@ -357,24 +414,40 @@ def test_the_plugin_alone_salts_requests(
     """As under `vllm serve`, whose process never imports saert by itself."""
     plain = [reference(ids, [], TOKENS)[0] for ids in prompts]
     food = [reference(ids, [FOOD], TOKENS)[0] for ids in prompts]
-    ask = dict(prompts=prompts, tokens=TOKENS)
     steps = [
-        ["raw", dict(ask, saert=[])],
-        ["raw", dict(ask, saert=[FOOD])],
-        ["raw", dict(ask, saert=json.dumps([FOOD]))],
-        ["raw", dict(ask, saert=[])],
-        ["fails", dict(step=["raw", dict(ask, saert=[spec("resid_post.3", 1)])])],
-        ["fails", dict(step=["raw", dict(ask, saert={"codes": [RESID]})])],
-        ["raw", dict(ask, saert=[FOOD])],
+        raw(prompts, []),
+        raw(prompts, [FOOD]),
+        raw(prompts, json.dumps([FOOD])),
+        raw(prompts, []),
+        ["fails", dict(step=raw(prompts, [spec("resid_post.3", 1)]))],
+        ["fails", dict(step=raw(prompts, {"codes": [RESID]}))],
+        raw(prompts, [FOOD]),
     ]
-    answers = run(steps, how="bare", plugin=True, **NATIVE)["steps"]
+    answers = run(steps, how="bare", plugin=True, **NATIVE, **EAGER)
     assert answers[:4] == [plain, food, food, plain]
     assert "no SAE" in answers[4][1] and "key" in answers[5][1]
     assert answers[6] == food
 
 
-def test_what_cannot_start_says_why(run: Run) -> None:
-    kind, message = run([], runner="1", **SMALL)["refused"]
-    assert kind == "Unsupported" and RUNNER in message
-    kind, message = run([], saes=["bundled:resid_post.9"], **SMALL)["refused"]
-    assert kind == "FileNotFoundError" and "resid_post.9" in message
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    (job([], environment={RUNNER: "1"}), "Unsupported", RUNNER),
+    # without `Engine`, vLLM's own CPU build refuses V2; on a GPU `check_config` does
+    (job([], version="0.33.0"), "Unsupported", "found 0.33.0"),
+    (job([], version="0.31.9", how="bare", **SMALL), "Unsupported", "found 0.31.9"),
+    (job([], saes=["bundled:resid_post.9"]), "FileNotFoundError", "resid_post.9"),
+    (job([], how="bare", **SMALL), "Unsupported", "VLLM_PLUGINS"),
+]
+
+
+def test_what_cannot_start_says_why(execute: Run) -> None:
+    """Where vLLM loaded no plugin, in one process, so that a worker's own error arrives here."""
+    by_hand = ["attach_by_hand", dict(saes=[[None, BUNDLED[0]]])]
+    last = job([by_hand], how="bare-extension", **SMALL, **EAGER)
+    jobs = [*(one for one, _, _ in REFUSED), last]
+    answers = execute(jobs, plugin=False, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert all(
+        answer["refused"][0] == kind and words in answer["refused"][1]
+        for answer, (_, kind, words) in zip(answers, REFUSED, strict=False)
+    ), answers
+    refused = answers[-1]["steps"][0]
+    assert refused["kind"] == "Unsupported" and "VLLM_PLUGINS" in refused["error"]

@@ -1,9 +1,11 @@
-"""Run in vLLM's own environment: start an engine as a job says, take its steps, answer with JSON.
+"""Run in vLLM's own environment: start engines as jobs say, take their steps, answer with JSON.
 
-A job is {"model", "saes", "options", "steps"}; a step is [what, arguments].
+A job is {"model", "saes", "options", "steps", "environment", "version"}; a step is
+[what, arguments].
 """
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -28,17 +30,24 @@ def asked(prompts: list[list[int]]) -> list[dict[str, Any]]:
     return [{"prompt_token_ids": ids} for ids in prompts]
 
 
-def generate(engine: Any, *, prompts: list[list[int]], tokens: int, **wishes: Any) -> Any:
-    params = greedy(tokens, n=wishes.pop("n", 1))
+def generate(
+    engine: Any, *, prompts: list[list[int]], tokens: int, bias: Any = (), **wishes: Any
+) -> Any:
+    """`bias`: pairs of token and `logit_bias`, the user's own."""
+    params = greedy(tokens, logit_bias=dict(bias) or None)
     return [plain(one) for one in engine.generate(asked(prompts), params, **wishes)]
 
 
-def raw(engine: Any, *, prompts: list[list[int]], tokens: int, saert: Any) -> Any:
-    """vLLM's own `generate`, with extra arguments that a user wrote, and no salt."""
-    outputs = engine.llm.generate(
-        asked(prompts), greedy(tokens, extra_args={"saert": saert}), use_tqdm=False
-    )
+def raw(engine: Any, *, prompts: list[list[int]], tokens: int, saert: list[Any]) -> Any:
+    """vLLM's own `generate`, with extra arguments that users wrote, a prompt each, and no salt."""
+    params = [greedy(tokens, extra_args={"saert": one}) for one in saert]
+    outputs = engine.llm.generate(asked(prompts), params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def attach_by_hand(engine: Any, *, saes: list[Any]) -> Any:
+    """What a worker answers who is asked without `Engine`."""
+    return json.loads(engine.llm.collective_rpc("saert_attach", args=(saes,))[0])
 
 
 def stream(engine: Any, *, requests: list[dict[str, Any]]) -> Any:
@@ -87,7 +96,7 @@ def for_all(engine: Any, **wishes: Any) -> Any:
     return engine.for_all(**wishes)
 
 
-STEPS = (generate, raw, stream, fails, attach, detach, for_all)
+STEPS = (generate, raw, stream, fails, attach, attach_by_hand, detach, for_all)
 
 
 def take(engine: Any, step: list[Any]) -> Any:
@@ -96,8 +105,9 @@ def take(engine: Any, step: list[Any]) -> Any:
 
 
 def start(job: dict[str, Any]) -> Any:
-    """An engine as `Engine.start` makes it; or around an `LLM` with the extension; or, "bare", an
-    `LLM` alone, whose process has only vLLM's plugin to thank for what it knows of saert."""
+    """An engine as `Engine.start` makes it; or around an `LLM` with the extension; or an `LLM`
+    alone ("bare", or with the extension "bare-extension"), whose process has only vLLM's plugin to
+    thank for what it knows of saert."""
     options = dict(dtype="float32", **job["options"])
     how = options.pop("how", "start")
     if how == "start":
@@ -112,21 +122,31 @@ def start(job: dict[str, Any]) -> Any:
         llm = LLM(job["model"], worker_cls=worker, additional_config=settings, **options)
         return SimpleNamespace(llm=llm)
     llm = LLM(job["model"], worker_extension_cls="saert.engines.vllm.worker.Extension", **options)
+    if how == "bare-extension":
+        return SimpleNamespace(llm=llm)
     from saert.engines.vllm import Engine
 
     return Engine(llm)
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
+    import vllm
+
+    before, version = dict(os.environ), vllm.__version__
+    os.environ.update(job["environment"])
+    vllm.__version__ = job["version"] or version
     try:
         engine = start(job)
-    except Exception as error:
+    except Exception as error:  # the next job finds everything as it was
+        os.environ.clear()
+        os.environ.update(before)
+        vllm.__version__ = version
         return {"refused": [type(error).__name__, str(error)]}
     return {"steps": [take(engine, step) for step in job["steps"]]}
 
 
 if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as file:
-        answer = main(json.load(file))
+        answers = [main(job) for job in json.load(file)]
     with open(sys.argv[2], "w", encoding="utf-8") as file:
-        json.dump(answer, file)
+        json.dump(answers, file)

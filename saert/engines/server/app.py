@@ -80,7 +80,7 @@ def create_app(service: Service, keys: Keys, *, bound: str = "127.0.0.1") -> Fas
     @app.get("/health")
     async def health() -> Any:
         alive = service.engine.alive()
-        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+        return JSONResponse({"status": "ok" if alive else "unavailable"}, 200 if alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import uvicorn
 
 from saert.engines.server.app import create_app
 from saert.engines.server.batching import Batching
+from saert.engines.server.engine import Engine
 from saert.engines.server.jobs import Jobs
 from saert.engines.server.limits import Limits
 from saert.engines.server.logs import setup
@@ -22,6 +23,18 @@ from saert.measure.features.index import FeatureIndex
 from saert.twin import twin
 
 log = logging.getLogger("saert.serve")
+Start = Callable[[Session, Shelf, Limits], Engine]
+
+
+def on_transformers(session: Session, shelf: Shelf, limits: Limits) -> Engine:
+    """An engine on the session's model. Raises ValueError for what cannot be served."""
+    return Batching(
+        twin(session.model),
+        shelf.saes,
+        shelf.attached,
+        streams=limits.streams,
+        waiting=limits.waiting,
+    )
 
 
 def service_of(
@@ -33,13 +46,12 @@ def service_of(
     template: str | None = None,
     indices: Mapping[str, FeatureIndex] | None = None,
     log_text: bool = False,
+    start: Start = on_transformers,
 ) -> Service:
-    """The engine and all around it. Raises ValueError for what cannot be served."""
+    """The engine that `start` makes, and all around it. Raises what `start` raises."""
     model, tokenizer = session.model, session.tokenizer
     shelf = Shelf(session.saes, model, tokenizer, indices, slots)
-    engine = Batching(
-        twin(model), shelf.saes, shelf.attached, streams=limits.streams, waiting=limits.waiting
-    )
+    engine = start(session, shelf, limits)
     jobs = Jobs(shelf, tokenizer, engine.context, limits.max_tokens, _stops(model), template)
     return Service(
         name=name or session.name,

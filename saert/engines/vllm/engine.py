@@ -19,6 +19,7 @@ from saert.engines.vllm.support import (
     WORKER,
     Unsupported,
     check_config,
+    check_version,
     check_worker,
     prefer_v1,
     settings_of,
@@ -64,6 +65,9 @@ class Engine:
     """
 
     def __init__(self, llm: Any) -> None:
+        import vllm
+
+        check_version(vllm.__version__)
         register()
         self.llm = llm
         self._config = llm.llm_engine.vllm_config
@@ -82,9 +86,12 @@ class Engine:
             options: for `vllm.LLM`: `enforce_eager=True` (attach and detach at any time; slower),
                 `tensor_parallel_size`, `model_impl="transformers"`, `dtype`, …
 
-        Raises what `saert.load` raises, before anything is started.
+        Raises what `saert.load` raises, and Unsupported, before anything is started.
         """
         prefer_v1()  # before vLLM decides on a model runner
+        import vllm
+
+        check_version(vllm.__version__)
         from vllm import LLM
 
         extra = dict(options.pop("additional_config", {}))
@@ -127,17 +134,18 @@ class Engine:
         """Continue prompts, each under edits of its own.
 
         Args:
-            prompts, params, use_tqdm: as for `LLM.generate`.
+            prompts, params, use_tqdm: as for `LLM.generate`; without params the model's own
+                defaults. Tokens in `suppress_tokens` of its generation_config.json are never drawn
+                (`saert.engines.vllm.plugin.suppress`).
             edits: one list for all prompts, or a list of lists, one for each.
             splice, codes: hookpoints where the SAE's reconstruction replaces the hidden state, and
                 whose codes come back.
 
         Raises ValueError, TypeError: edits that cannot be meant; nothing was generated.
         """
-        from vllm import SamplingParams
-
         many = prompts if isinstance(prompts, list) and not _ids(prompts) else [prompts]
-        given = params if isinstance(params, list) else [params or SamplingParams()] * len(many)
+        params = self.llm.get_default_sampling_params() if params is None else params
+        given = params if isinstance(params, list) else [params] * len(many)
         own = _per_prompt(edits, len(many))
         if len(given) != len(many):
             raise ValueError(f"generate: {len(given)} params for {len(many)} prompts")
@@ -196,7 +204,8 @@ def _trimmed(name: str, packed: Mapping[str, bytes], output: Any) -> SparseCode:
     chunk = unpack(packed[name])
     if not torch.equal(chunk.positions[:read], torch.arange(read)):
         raise RuntimeError(f"{name}: codes of {len(chunk.positions)} tokens, expected {read}")
-    return chunk.code[:read]
+    code = chunk.code[:read]
+    return SparseCode(code.indices, code.values.nan_to_num(0.0), code.num_latents)
 
 
 def _pairs(saes: Sources) -> list[list[str | None]]:

@@ -1,13 +1,16 @@
 """What vLLM runs in each of its processes (entry point `vllm.general_plugins`).
 
-It makes sure of two things that a user cannot be left to remember: the model runner is the one we
-know, and a request with edits never shares a prefix cache with others.
+It makes sure of what a user cannot be left to remember: the model runner is the one we know, a
+request with edits never shares a prefix cache with others, and no request of an engine with SAEs
+draws what transformers would not (`suppress_tokens`).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from saert.engines.directive import KEY, Attached, Directive
@@ -17,6 +20,7 @@ from saert.engines.vllm.support import (
     check_config,
     check_version,
     check_worker,
+    ours,
     settings_of,
 )
 from saert.hookpoint import Hookpoint
@@ -25,7 +29,17 @@ SLOTS = 16  # edits of one SAE that a request may have, unless the settings say 
 
 
 def register() -> None:
-    """Prefer model runner V1, and admit every request through `admit`. Again: nothing."""
+    """Prefer model runner V1, and let every request pass `suppress` and `admit`. Again: nothing.
+
+    vLLM runs this for engines without SAEs too, so a version that we do not know is left as it is;
+    our workers refuse to start with it.
+    """
+    import vllm
+
+    try:
+        check_version(vllm.__version__)
+    except Unsupported:
+        return
     os.environ.setdefault(RUNNER, "0")
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -36,6 +50,7 @@ def register() -> None:
     @functools.wraps(original)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
+        suppress(self.vllm_config, self.generation_config_fields, request.sampling_params)
         admit(self.vllm_config, request)
         return request
 
@@ -57,6 +72,28 @@ def check_registered() -> None:
             "unedited requests: install saert with pip in this environment, and name saert in "
             "VLLM_PLUGINS if that is set; or use saert.engines.vllm.Engine"
         )
+
+
+def suppress(config: Any, generation: Mapping[str, Any], params: Any) -> None:
+    """Never draw what the model's generation_config.json says never to draw: `suppress_tokens`,
+    which `generate` of transformers heeds and vLLM does not know.
+
+    A bias that the request itself has for such a token stands. As with the rest of that file,
+    `generation_config="vllm"` ignores it and `override_generation_config` comes first.
+
+    Args:
+        generation: what the file says.
+        params: SamplingParams, of which `logit_bias` is replaced; None (pooling): nothing happens.
+    """
+    if params is None or not ours(config):
+        return
+    model = config.model_config
+    fields = {} if model.generation_config == "vllm" else generation
+    never = {**fields, **model.override_generation_config}.get("suppress_tokens") or ()
+    size = model.get_vocab_size()
+    barred = {token: -math.inf for token in never if 0 <= token < size}
+    if barred:
+        params.logit_bias = barred | (params.logit_bias or {})
 
 
 def admit(config: Any, request: Any) -> None:

@@ -15,6 +15,10 @@ EXTENSION = "saert.engines.vllm.worker.Extension"
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # the environment variable that chooses between the two
 
+# The first two split a pass between processes; of several engines, collective_rpc tells the codes
+# of the first.
+ONE = ("pipeline_parallel_size", "prefill_context_parallel_size", "data_parallel_size")
+
 
 class Unsupported(RuntimeError):
     """This vLLM, or a setting of it, is not one that saert can work with."""
@@ -50,8 +54,9 @@ def _objections(config: Any) -> Iterator[str]:
     parallel, compilation = config.parallel_config, config.compilation_config
     if config.use_v2_model_runner:
         yield f"it uses model runner V2; set {RUNNER}=0 before it starts"
-    if parallel.pipeline_parallel_size > 1:
-        yield f"pipeline_parallel_size is {parallel.pipeline_parallel_size}, expected 1"
+    for name in ONE:
+        if (found := getattr(parallel, name, 1)) > 1:
+            yield f"{name} is {found}, expected 1"
     if getattr(parallel, "use_ubatching", False):
         yield "it splits batches in micro-batches (enable_dbo)"
     if config.speculative_config is not None:
@@ -68,10 +73,15 @@ def _objections(config: Any) -> Iterator[str]:
         yield f"it is a {config.model_config.runner_type} engine, which generates nothing"
 
 
+def ours(config: Any) -> bool:
+    """Whether the engine's workers know of saert."""
+    parallel = config.parallel_config
+    return bool(parallel.worker_cls == WORKER or parallel.worker_extension_cls == EXTENSION)
+
+
 def check_worker(config: Any) -> None:
     """Raise Unsupported if the engine's workers are not ours: edits would be ignored."""
-    parallel = config.parallel_config
-    if parallel.worker_cls != WORKER and parallel.worker_extension_cls != EXTENSION:
+    if not ours(config):
         raise Unsupported(
             f"a request asks for {KEY!r}, but the engine's workers know nothing of it: start with "
             f"worker_cls={WORKER!r}, or eager with worker_extension_cls={EXTENSION!r}"

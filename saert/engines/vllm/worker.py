@@ -30,10 +30,12 @@ from saert.hub.load import load
 
 if TYPE_CHECKING:
     Base = Any
-elif current_platform.is_cpu():
-    from vllm.v1.worker.cpu_worker import CPUWorker as Base
 else:
-    from vllm.v1.worker.gpu_worker import Worker as Base
+    check_version(vllm.__version__)  # others may have these elsewhere
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker as Base
+    else:
+        from vllm.v1.worker.gpu_worker import Worker as Base
 
 
 class Extension:

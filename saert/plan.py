@@ -138,10 +138,18 @@ def summed(plan: EditPlan, sae: SAE) -> EditPlan:
     trained = any(parameter.requires_grad for parameter in sae.parameters())
     if slots is None or slots.reads_code or trained or not sae.rescales_alike:
         return plan
-    amounts = sae.rescale(slots.amounts, slots.amounts.new_zeros(sae.d_in))
-    directions = sae.directions(slots.latents).to(amounts.dtype)
-    # a product would obey autocast
-    return replace(plan, added=(amounts.unsqueeze(-1) * directions).sum(0))
+    return replace(plan, added=sum_of_adds(sae, slots.latents, slots.amounts))
+
+
+@torch.no_grad()
+def sum_of_adds(sae: SAE, latents: Tensor, amounts: Tensor) -> Tensor:
+    """What adding amounts [E] to latents int64 [E] adds to each token: [d_out], the model's units.
+
+    For an SAE with `rescales_alike` only.
+    """
+    amounts = sae.rescale(amounts, amounts.new_zeros(sae.d_in))
+    directions = sae.directions(latents).to(amounts.dtype)
+    return (amounts.unsqueeze(-1) * directions).sum(0)  # a product would obey autocast
 
 
 def edit(

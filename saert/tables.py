@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saert.edits import Edit, LatentEdit, Op, Selection
-from saert.plan import EditPlan, Slots, edit
+from saert.plan import EditPlan, Slots, edit, sum_of_adds
 from saert.sae import SAE
 from saert.sparse import SparseCode
 
@@ -149,7 +149,11 @@ class EditTable:
         constant = self.constant and not reads_code and _one_range(slots)
         constant = constant and not any(p.requires_grad for p in self.sae.parameters())
         constant = constant and self._summed == self.sae.decoder_version
-        added = self._sum(slots) if constant and slots else None
+        added = None
+        if constant and slots:
+            latents = torch.tensor([slot.latent for slot in slots], device=self.sae.device)
+            amounts = torch.tensor([slot.amount for slot in slots], dtype=self._real.dtype)
+            added = sum_of_adds(self.sae, latents, amounts.to(latents.device))
         self._whole[:, row].copy_(whole)
         self._real[:, row].copy_(real)
         self.reads_code, self.rounds = self.reads_code or reads_code, max(self.rounds, rounds)
@@ -211,19 +215,6 @@ class EditTable:
         return torch.where(plan.slot_gate.any(-1, keepdim=True), edited, hidden)
 
     # -- helpers -------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _sum(self, slots: Sequence[_Slot]) -> Tensor:
-        """What slots that only add, add: [d_out], in the model's units."""
-        sae = self.sae
-        amounts = torch.tensor([[slot.amount for slot in slots]], dtype=self._real.dtype)
-        amounts = sae.rescale(
-            amounts.to(sae.device), amounts.new_zeros(1, sae.d_in, device=sae.device)
-        )
-        directions = sae.directions(
-            torch.tensor([slot.latent for slot in slots], device=sae.device)
-        )
-        return (amounts.T * directions.to(amounts.dtype)).sum(0)  # a product would obey autocast
 
     def _check_row(self, row: int) -> None:
         if not 1 <= row < self.rows:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from saert.engines.codes import Chunk
 from saert.engines.directive import Attached, Directive
-from saert.engines.server.engine import Busy, Closing, End, Job, Load, Sink, Step
+from saert.engines.server.engine import Busy, Closing, End, Job, Load, Sink, Step, check_fits
 from saert.engines.server.monitors import alarms, readings
 from saert.engines.server.padded import Padded
 from saert.engines.server.passes import Passes
@@ -92,18 +92,7 @@ class Batching:
 
     def submit(self, job: Job, sink: Sink) -> str:
         """Queue a job, as `Engine.submit`. ValueError for one that does not fit the model."""
-        asked, read = job.sampling.max_tokens, len(job.prompt)
-        if not read:
-            raise ValueError("the prompt has no tokens")
-        if read + asked > self.context:
-            raise ValueError(
-                f"the prompt has {read} tokens and {asked} more were asked for; the model holds "
-                f"{self.context}"
-            )
-        if max(job.prompt) >= self._passes.vocabulary:  # on a GPU it would end everybody's answers
-            raise ValueError(
-                f"the prompt has token {max(job.prompt)}; the model has {self._passes.vocabulary}"
-            )
+        check_fits(job, self.context, self._passes.vocabulary)
         name = job.directive.key or uuid.uuid4().hex
         with self._changed:
             if self._closing:

@@ -84,6 +84,20 @@ class End:
     message: str = ""
 
 
+def check_fits(job: Job, context: int, vocabulary: int) -> None:
+    """Raise ValueError for a job that a model cannot take: before it takes others down with it."""
+    read, asked = len(job.prompt), job.sampling.max_tokens
+    if not read:
+        raise ValueError("the prompt has no tokens")
+    if read + asked > context:
+        raise ValueError(
+            f"the prompt has {read} tokens and {asked} more were asked for; the model holds "
+            f"{context}"
+        )
+    if max(job.prompt) >= vocabulary:
+        raise ValueError(f"the prompt has token {max(job.prompt)}; the model has {vocabulary}")
+
+
 Sink = Callable[[Step | End], None]
 """Hears of a job, from the engine's thread; it must not block or raise."""
 

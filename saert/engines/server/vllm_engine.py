@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from saert.engines.directive import Attached
-from saert.engines.server.engine import Busy, Closing, End, Job, Load, Sink
+from saert.engines.server.engine import Busy, Closing, End, Job, Load, Sink, check_fits
 from saert.engines.server.vllm_codes import Fetch, Packed
 from saert.engines.server.vllm_steps import Steps
 
@@ -68,17 +68,7 @@ class VllmEngine:
 
     def submit(self, job: Job, sink: Sink) -> str:
         """Queue a job, as `Engine.submit`. ValueError for one that does not fit the model."""
-        asked, read = job.sampling.max_tokens, len(job.prompt)
-        if not read:
-            raise ValueError("the prompt has no tokens")
-        if read + asked > self.context:
-            raise ValueError(
-                f"the prompt has {read} tokens and {asked} more were asked for; the model holds "
-                f"{self.context}"
-            )
-        size = self._llm.model_config.get_vocab_size()
-        if max(job.prompt) >= size:  # would take the worker down
-            raise ValueError(f"the prompt has token {max(job.prompt)}; the model has {size}")
+        check_fits(job, self.context, self._llm.model_config.get_vocab_size())
         name = job.directive.key or uuid.uuid4().hex
         with self._changed:
             if self._closing:
